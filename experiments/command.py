@@ -1,0 +1,82 @@
+"""The way every script starts and ends: a typed command line, one-line errors, an exit status.
+
+Exit status: 0 success, 1 the script's own failure, 2 a command line that makes no sense,
+130 interrupted with Ctrl-C.
+"""
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+from rich.console import Console
+
+Settings = TypeVar("Settings")
+
+_PLAIN_WIDTH = 120  # columns of a pipe or a file, which have no width of their own
+
+
+class ExperimentError(Exception):
+    """What is wrong and how to mend it, in one line fit for a terminal."""
+
+
+class UsageError(ExperimentError):
+    """Options that contradict each other or the data: exit status 2, like an unknown option."""
+
+
+def run(
+    settings_type: Callable[..., Settings],
+    script: Callable[[Settings], int],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Parse the command line into ``settings_type``, call ``script`` on it, return the exit status.
+
+    Args:
+        settings_type: a dataclass; each field is an option, its docstring the help text.
+        script: what to do with the settings; returns its exit status.
+        arguments: the words after the script's name, ``None`` for those of this process.
+
+    Returns:
+        the exit status; errors that a user can mend end in one line on stderr, not a traceback.
+    """
+    try:
+        return script(_parse(settings_type, arguments))
+    except SystemExit as leaving:  # --help
+        return int(leaving.code or 0)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ExperimentError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interruption:
+        print(": ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
+        return 130
+
+
+def terminal() -> Console:
+    """A console as wide as the terminal, or of a fixed width where output goes to a file."""
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    return Console(width=width, highlight=False)
+
+
+def _parse(settings_type: Callable[..., Settings], arguments: Sequence[str] | None) -> Settings:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(settings_type, args=arguments)
+    except SystemExit as leaving:
+        if leaving.code:
+            raise UsageError(_first_paragraph(said.getvalue())) from None
+        raise
+
+
+def _first_paragraph(box: str) -> str:
+    """The words of the parser's framed message, without its title and its hints, on one line."""
+    lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
+    ruled = ["" if not line.strip("-") else line for line in lines]
+    paragraphs = "\n".join(ruled[1:]).strip().split("\n\n")
+    message = " ".join(paragraphs[0].split()).rstrip(".") or "the command line makes no sense"
+    return f"{message} (--help lists the options)"

@@ -1,0 +1,224 @@
+"""SGD, momentum, Adam and Gauss-Newton on one network, from one start, for the same work.
+
+Every method may spend the same budget of gradient-equivalents, which
+:mod:`experiments.training` defines. A run leaves in its folder
+
+    config.json     every option as it was resolved, and the versions of the libraries
+    curves.csv      a line per measurement, written as training goes on
+    summary.json    how each method ended
+    curves.png      training loss and test score against steps, seconds and work
+"""
+
+import dataclasses
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+
+from experiments import command, report, tasks, training
+from experiments.command import UsageError
+from experiments.progress import ProgressDisplay
+from experiments.tasks import Task
+from experiments.training import Method, MethodName, Record, Status
+
+
+class Defaults(NamedTuple):
+    """What suits a data set; the rates are the best of a coarse grid at this budget."""
+
+    budget: float
+    batch_size: int
+    curvature_batch: int
+    cg_iterations: int
+    rates: dict[str, float]
+
+
+DEFAULTS: dict[str, Defaults] = {
+    "digits": Defaults(1000, 32, 2048, 20, {"sgd": 0.3, "momentum": 0.03, "adam": 1e-3}),
+    "animals": Defaults(100, 64, 2048, 20, {"sgd": 0.1, "momentum": 0.01, "adam": 1e-3}),
+    "mazur": Defaults(1000, 1, 1, 20, {"sgd": 50.0, "momentum": 0.5, "adam": 0.3}),
+    "autoencoder": Defaults(2000, 32, 2048, 50, {"sgd": 0.03, "momentum": 0.01, "adam": 1e-3}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Train one network with SGD, momentum, Adam and Gauss-Newton and compare the curves."""
+
+    dataset: tasks.DatasetName = "digits"
+    """What to learn; mazur is the worked example with its own network."""
+    network: tasks.NetworkName = "auto"
+    """The classifier; auto is the multilayer perceptron."""
+    images: tasks.ImagesName = "digits"
+    """What the autoencoder reconstructs."""
+    methods: tuple[MethodName, ...] = ("sgd", "momentum", "adam", "gauss-newton")
+    """Which methods to run, in this order."""
+    budget: float | None = None
+    """Gradients of the whole training part, or work worth as much, that each method may spend."""
+    learning_rate: float | None = None
+    """Of SGD, momentum and Adam alike; without it each has its own."""
+    batch_size: int | None = None
+    """Examples in a step of SGD, momentum and Adam."""
+    curvature_batch: int | None = None
+    """Examples in a step of Gauss-Newton."""
+    damping: float = 1.0
+    """Where Gauss-Newton's λ starts."""
+    cg_iterations: int | None = None
+    """Products with the curvature that a Gauss-Newton step may spend."""
+    records: int = 60
+    """About how many points a curve has."""
+    seed: int = 0
+    """Of the split, the initial parameters and the batches."""
+    data_file: Path | None = None
+    """An .npz with the animals, in place of the one that comes with the experiments."""
+    out: Path = Path("runs")
+    """The folder of all runs."""
+    name: str | None = None
+    """The folder of this run inside it; without it, one named after the task."""
+    overwrite: bool = False
+    """Write into a folder that holds a run already."""
+
+
+def resolve(settings: Settings) -> Settings:
+    """The settings with the data set's defaults filled in, the learning rates excepted.
+
+    Raises:
+        UsageError: a number is out of its range.
+    """
+    defaults = DEFAULTS[settings.dataset]
+    if settings.dataset == "autoencoder" and settings.images == "animals":
+        defaults = defaults._replace(budget=DEFAULTS["animals"].budget)
+
+    def default(name: str) -> Any:
+        given = getattr(settings, name)
+        return getattr(defaults, name) if given is None else given
+
+    names = ("budget", "batch_size", "curvature_batch", "cg_iterations")
+    settings = dataclasses.replace(settings, **{name: default(name) for name in names})
+    for name in (*names, "learning_rate", "damping", "records"):
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be greater than 0")
+    if not settings.methods or len(set(settings.methods)) < len(settings.methods):
+        raise UsageError("--methods takes one or more methods, each of them once")
+    return settings
+
+
+def rate(settings: Settings, method: MethodName) -> float | None:
+    """The learning rate of a method; Gauss-Newton has none."""
+    if settings.learning_rate is not None and method != "gauss-newton":
+        return settings.learning_rate
+    return DEFAULTS[settings.dataset].rates.get(method)
+
+
+def build_method(settings: Settings, task: Task, name: MethodName) -> Method:
+    """The optimiser that resolved settings ask for."""
+    examples = len(task.train[0])
+    if name == "gauss-newton":
+        return training.second_order(
+            task,
+            damping=settings.damping,
+            iterations=settings.cg_iterations or 1,
+            batch_size=min(examples, settings.curvature_batch or examples),
+        )
+    return training.first_order(
+        task,
+        name,
+        learning_rate=rate(settings, name) or 0.0,
+        batch_size=min(examples, settings.batch_size or examples),
+    )
+
+
+def compare(settings: Settings, task: Task, folder: Path, console: Console) -> list[report.Result]:
+    """Train with each method in turn, writing into ``folder``; returns how each ended."""
+    records: list[Record] = []
+    results: list[report.Result] = []
+    budget = settings.budget or 0.0
+    evaluate = training.evaluator(task)
+    with (
+        report.Curves(folder) as curves,
+        ProgressDisplay(console, budget, task.score_name) as display,
+    ):
+        for name in settings.methods:
+            method = build_method(settings, task, name)
+            progress = None
+            for progress in training.train(
+                task,
+                method,
+                evaluate,
+                budget=budget,
+                records=settings.records,
+                seed=settings.seed,
+            ):
+                curves.append(progress.record)
+                records.append(progress.record)
+                display.show(progress.record)
+            assert progress is not None  # there is always a record at step 0
+            remark = ending(method, progress)
+            display.finish(name, remark)
+            results.append(report.Result(progress.record, progress.compile_seconds, remark))
+            report.write_json(folder / "summary.json", [result.as_dict() for result in results])
+    report.plot(folder / "curves.png", records, task.score_name)
+    return results
+
+
+def ending(method: Method, progress: training.Progress) -> str | None:
+    """Why a method ended before its budget was spent, in one line."""
+    where = f"{method.name} stopped at step {progress.record.step}"
+    if progress.status is Status.NOT_FINITE:
+        return f"{where}: the loss is not finite; {method.advice}"
+    if progress.status is Status.CONVERGED:
+        return f"{where}: converged, no step lowers the loss any further"
+    return None
+
+
+def configuration(settings: Settings, task: Task) -> dict[str, Any]:
+    """What one needs to know to repeat the run."""
+    with_params = jax.eval_shape(task.init, jax.random.key(0))
+    return {
+        "settings": dataclasses.asdict(settings),
+        "learning_rates": {name: rate(settings, name) for name in settings.methods},
+        "task": task.name,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(with_params)),
+        "examples": {"train": len(task.train[0]), "test": len(task.test[0])},
+        "precision": task.precision,
+        "device": jax.devices()[0].device_kind,
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+    }
+
+
+def script(settings: Settings) -> int:
+    """Compare the methods and report; the status is 0 even if one of them diverged."""
+    console = command.terminal()
+    settings = resolve(settings)
+    task = tasks.build(
+        settings.dataset,
+        network=settings.network,
+        images=settings.images,
+        seed=settings.seed,
+        data_file=settings.data_file,
+    )
+    folder = report.make_folder(
+        settings.out, settings.name, task.name, overwrite=settings.overwrite
+    )
+    with jax.enable_x64(task.precision == "float64"):
+        report.write_json(folder / "config.json", configuration(settings, task))
+        try:
+            results = compare(settings, task, folder, console)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"what was measured is in {folder}") from None
+    report.print_results(console, results, task.score_name)
+    console.print(f"written to {folder}", soft_wrap=True)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
+    return command.run(Settings, script, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

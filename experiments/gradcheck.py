@@ -1,0 +1,196 @@
+"""fbackprop's gradient against JAX's own, for every network in every precision.
+
+This script is the cross-check, so it is the one place among the experiments that calls
+``jax.grad``. The error of a parameter's gradient is max|difference| / max|JAX's gradient|, and
+NaNs and infinities must stand in the same places.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import fbackprop as fb
+from experiments import command
+from experiments.command import UsageError
+from experiments.tasks import Params
+from fbackprop import losses, networks
+
+NetworkName = Literal["mlp", "autoencoder", "convnet", "resnet", "lstm", "transformer"]
+Precision = Literal["float64", "float32", "bfloat16"]
+
+THRESHOLDS: dict[Precision, float] = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
+EXAMPLES, CLASSES, WORDS, LENGTH = 3, 4, 7, 5
+
+
+class Case(NamedTuple):
+    """A network, the shape of one input (integers below ``WORDS`` if ``words``) and its loss."""
+
+    network: networks.Network
+    shape: tuple[int, ...]
+    words: bool = False
+    reconstructs: bool = False
+
+
+class Row(NamedTuple):
+    """How far the two gradients of one parameter are apart."""
+
+    network: NetworkName
+    precision: Precision
+    path: str
+    shape: tuple[int, ...]
+    absolute_error: float
+    relative_error: float
+    same_non_finite: bool
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the error is within the precision's threshold."""
+        return self.same_non_finite and self.relative_error <= THRESHOLDS[self.precision]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Compare fbackprop's gradients with JAX's; the exit status is 0 if all agree."""
+
+    networks: tuple[NetworkName, ...] = (
+        "mlp",
+        "autoencoder",
+        "convnet",
+        "resnet",
+        "lstm",
+        "transformer",
+    )
+    """Which networks to check."""
+    precisions: tuple[Precision, ...] = ("float64", "float32", "bfloat16")
+    """In which precisions."""
+    every_parameter: bool = False
+    """Print a row for each parameter, not only for the worst of each network."""
+    seed: int = 0
+    """Of the parameters and the data."""
+
+
+CASES: dict[NetworkName, Callable[[], Case]] = {
+    "mlp": lambda: Case(networks.mlp((6, 5, CLASSES)), (6,)),
+    "autoencoder": lambda: Case(networks.autoencoder((6, 4, 2)), (6,), reconstructs=True),
+    "convnet": lambda: Case(networks.convnet((8, 8, 1), CLASSES, channels=(2, 3)), (8, 8, 1)),
+    "resnet": lambda: Case(networks.resnet((8, 8, 1), CLASSES, channels=(2, 3)), (8, 8, 1)),
+    "lstm": lambda: Case(networks.lstm(3, 4, CLASSES), (LENGTH, 3)),
+    "transformer": lambda: Case(
+        networks.transformer(WORDS, CLASSES, length=LENGTH, width=8, heads=2, layers=2),
+        (LENGTH,),
+        words=True,
+    ),
+}
+
+
+def check(name: NetworkName, precision: Precision, seed: int = 0) -> list[Row]:
+    """The rows of one network in one precision, one per parameter."""
+    with jax.enable_x64(precision == "float64"):
+        loss, params = problem(CASES[name](), jnp.dtype(precision), seed)
+        expected = jax.jit(jax.grad(loss))(params)
+        found = jax.jit(fb.grad(loss))(params)
+        leaves = jax.tree_util.tree_leaves_with_path(expected)
+        pairs = zip(leaves, jax.tree.leaves(found), strict=True)
+        return [
+            Row(name, precision, jax.tree_util.keystr(path), theirs.shape, *compare(ours, theirs))
+            for (path, theirs), ours in pairs
+        ]
+
+
+def problem(case: Case, dtype: Any, seed: int) -> tuple[Callable[[Params], jax.Array], Params]:
+    """The mean loss over a small random batch as a function of the parameters, and those."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shape = (EXAMPLES, *case.shape)
+    inputs = (
+        jax.random.randint(keys[1], shape, 0, WORDS)
+        if case.words
+        else jax.random.normal(keys[1], shape, dtype)
+    )
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), case.network.init(keys[0]))
+    apply = case.network.apply
+    outputs = jax.eval_shape(apply, params, inputs[0])
+    # Sequence models may answer at every position: labels for whatever stands before the classes.
+    labels = jax.random.randint(keys[2], (EXAMPLES, *outputs.shape[:-1]), 0, CLASSES)
+
+    def loss(params: Params) -> jax.Array:
+        predictions = jax.vmap(apply, in_axes=(None, 0))(params, inputs)
+        if case.reconstructs:
+            return jnp.mean(jax.vmap(losses.squared_error)(predictions, inputs))
+        return jnp.mean(jax.vmap(losses.softmax_cross_entropy)(predictions, labels))
+
+    return loss, params
+
+
+def compare(ours: jax.Array, theirs: jax.Array) -> tuple[float, float, bool]:
+    """Absolute and relative error of ``ours``, and whether NaNs and infinities coincide."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return float("inf"), float("inf"), False
+    found, expected = (np.asarray(leaf, np.float64) for leaf in (ours, theirs))
+    finite = np.isfinite(expected) & np.isfinite(found)
+    same = bool(np.array_equal(found[~finite], expected[~finite], equal_nan=True))
+    absolute = float(np.max(np.abs(found - expected), where=finite, initial=0.0))
+    scale = float(np.max(np.abs(expected), where=finite, initial=0.0))
+    return absolute, absolute / scale if scale else absolute, same
+
+
+def script(settings: Settings) -> int:
+    """Check and print; the status is 1 if a gradient disagrees."""
+    if not settings.networks or not settings.precisions:
+        raise UsageError("name at least one of --networks and one of --precisions")
+    console = command.terminal()
+    rows: list[Row] = []
+    for name in settings.networks:
+        for precision in settings.precisions:
+            with console.status(f"{name} {precision}"):
+                rows += check(name, precision, settings.seed)
+    print_rows(console, rows if settings.every_parameter else worst(rows))
+    wrong = sum(not row.agrees for row in rows)
+    agreeing = f"{len(rows) - wrong} of {len(rows)} gradients agree with JAX's"
+    limits = ", ".join(f"{name} {limit:g}" for name, limit in THRESHOLDS.items())
+    console.print(f"\n{agreeing}; max|difference| / max|gradient| may be: {limits}")
+    return 1 if wrong else 0
+
+
+def worst(rows: Sequence[Row]) -> list[Row]:
+    """Of each network and precision the row of the largest error, a disagreeing one first."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.network, row.precision), []).append(row)
+    return [
+        max(group, key=lambda row: (not row.agrees, row.relative_error))
+        for group in groups.values()
+    ]
+
+
+def print_rows(console: Console, rows: Sequence[Row]) -> None:
+    """The table."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for header in ("network", "precision", "parameter", "shape"):
+        table.add_column(header)
+    for header in ("max error", "relative"):
+        table.add_column(header, justify="right")
+    table.add_column("agrees")
+    for row in rows:
+        table.add_row(
+            *(row.network, row.precision, row.path, str(row.shape)),
+            *(f"{row.absolute_error:.1e}", f"{row.relative_error:.1e}"),
+            "yes" if row.agrees else "NO",
+            style=None if row.agrees else "red",
+        )
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
+    return command.run(Settings, script, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

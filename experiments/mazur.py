@@ -1,0 +1,358 @@
+"""Mazur's worked example of backpropagation, every number of it beside the published one.
+
+A network of two inputs, two hidden and two output neurons, all sigmoid, is trained on one example
+by gradient descent on the squared error ½Σ(target − output)²; the two biases stay fixed. The table
+follows the calculation in the order in which one does it with a pencil. The error signals δ are
+not computed by a formula typed in here: a zero is added to every neuron's net input, and the
+derivative with respect to those zeros, which the backward sweep returns, is δ.
+
+The four numbers after the first update are not those of this calculation. The table shows what
+reproduces them to all digits: three follow if the hidden neurons' error signals are carried back
+through output weights that are already updated, the fourth is the error one update earlier.
+
+Source: Matt Mazur, "A Step by Step Backpropagation Example", 2015.
+"""
+
+import dataclasses
+import enum
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from decimal import ROUND_HALF_EVEN, Decimal
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import fbackprop as fb
+from experiments import command
+
+INPUTS = (0.05, 0.10)
+TARGETS = (0.01, 0.99)
+HIDDEN_WEIGHTS = ((0.15, 0.20), (0.25, 0.30))  # w1 w2 into h1, w3 w4 into h2
+OUTPUT_WEIGHTS = ((0.40, 0.45), (0.50, 0.55))  # w5 w6 into o1, w7 w8 into o2
+HIDDEN_BIAS, OUTPUT_BIAS = 0.35, 0.60
+RATE = 0.5
+UPDATES = 10_000
+
+PUBLISHED = {
+    "net h1": "0.3775",
+    "h1": "0.593269992",
+    "h2": "0.596884378",
+    "net o1": "1.105905967",
+    "o1": "0.75136507",
+    "o2": "0.772928465",
+    "E o1": "0.274811083",
+    "E o2": "0.023560026",
+    "E": "0.298371109",
+    "δ o1": "0.138498562",
+    "∂E/∂w5": "0.082167041",
+    "∂E/∂w1": "0.000438568",
+    "w1+": "0.149780716",
+    "w2+": "0.19956143",
+    "w3+": "0.24975114",
+    "w4+": "0.29950229",
+    "w5+": "0.35891648",
+    "w6+": "0.408666186",
+    "w7+": "0.511301270",
+    "w8+": "0.561370121",
+    "E, 1 update": "0.291027924",
+    "E, 10000 updates": "0.0000351085",
+    "o1, 10000 updates": "0.015912196",
+    "o2, 10000 updates": "0.984065734",
+}
+"""Every number the article prints, as it prints it: the digits say how precise it claims to be."""
+
+
+class Weights(NamedTuple):
+    """The eight weights, ``weights[to, from]``: both fields have shape (2, 2)."""
+
+    hidden: jax.Array
+    output: jax.Array
+
+
+class Neurons(NamedTuple):
+    """One number per neuron, shape (2,) per layer: a net input, an output or an error signal."""
+
+    hidden: jax.Array
+    output: jax.Array
+
+
+class Row(NamedTuple):
+    """One line of the calculation.
+
+    ``published`` is the article's number for it, if it prints one; ``binding`` rows must agree.
+    """
+
+    name: str
+    how: str
+    value: float
+    published: str | None
+    binding: bool = True
+
+    @property
+    def agreement(self) -> "Agreement":
+        """How the value computed here stands to the published one."""
+        if self.published is None:
+            return Agreement.UNPUBLISHED
+        verdict = agreement(self.value, self.published)
+        if verdict is Agreement.NO and not self.binding:
+            return Agreement.OTHERWISE
+        return verdict
+
+
+class Agreement(enum.Enum):
+    """How a value stands to the digits that were published."""
+
+    UNPUBLISHED = ""
+    YES = "yes"
+    LAST_DIGIT = "to one unit in the last digit"
+    OTHERWISE = "no: see below"
+    NO = "NO"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Print Mazur's worked example of backpropagation, every number beside the published one."""
+
+    decimals: int = 10
+    """Decimals of the computed values."""
+
+
+def agreement(value: float, published: str) -> Agreement:
+    """Compare ``value`` with a published decimal, at the digits that were published."""
+    printed = Decimal(published)
+    unit = Decimal(1).scaleb(int(printed.as_tuple().exponent))
+    exact = Decimal(value)
+    if exact.quantize(unit, rounding=ROUND_HALF_EVEN) == printed:
+        return Agreement.YES
+    return Agreement.LAST_DIGIT if abs(exact - printed) <= unit else Agreement.NO
+
+
+def initial_weights() -> Weights:
+    """The article's weights w1 to w8, in JAX's current default precision."""
+    return Weights(jnp.asarray(HIDDEN_WEIGHTS), jnp.asarray(OUTPUT_WEIGHTS))
+
+
+def forward(
+    weights: Weights, inputs: jax.Array, nudges: Neurons | None = None
+) -> tuple[Neurons, Neurons]:
+    """Net inputs and outputs of all four neurons, ``nudges`` being added to the net inputs.
+
+    Args:
+        weights: the eight weights.
+        inputs: shape (2,).
+        nudges: what to add to each net input; ``None`` adds nothing.
+    """
+    nudges = nudges or Neurons(jnp.zeros(2), jnp.zeros(2))
+    net_hidden = weights.hidden @ inputs + HIDDEN_BIAS + nudges.hidden
+    hidden = jax.nn.sigmoid(net_hidden)
+    net_output = weights.output @ hidden + OUTPUT_BIAS + nudges.output
+    return Neurons(net_hidden, net_output), Neurons(hidden, jax.nn.sigmoid(net_output))
+
+
+def outputs(weights: Weights, inputs: jax.Array) -> jax.Array:
+    """The two outputs, shape (2,)."""
+    return forward(weights, inputs)[1].output
+
+
+def errors(prediction: jax.Array, targets: jax.Array) -> jax.Array:
+    """½(target − output)² of each output neuron, shape (2,)."""
+    return 0.5 * jnp.square(targets - prediction)
+
+
+def first_pass(weights: Weights) -> tuple[Neurons, Neurons, jax.Array, Weights, Neurons]:
+    """One forward and one backward pass.
+
+    Returns:
+        net inputs, outputs, the error of each output neuron (2,), the gradient with respect to
+        the weights, and the error signals δ = ∂E/∂(net input).
+    """
+    inputs, targets = jnp.asarray(INPUTS), jnp.asarray(TARGETS)
+
+    def total_error(weights: Weights, nudges: Neurons):
+        nets, neurons = forward(weights, inputs, nudges)
+        parts = errors(neurons.output, targets)
+        return parts.sum(), (nets, neurons, parts)
+
+    nothing = Neurons(jnp.zeros(2), jnp.zeros(2))
+    sweep = fb.grad(total_error, argnums=(0, 1), has_aux=True)
+    (gradient, deltas), (nets, neurons, parts) = sweep(weights, nothing)
+    return nets, neurons, parts, gradient, deltas
+
+
+def update(weights: Weights) -> Weights:
+    """One step of gradient descent at the article's rate."""
+
+    def total_error(weights: Weights) -> jax.Array:
+        prediction = outputs(weights, jnp.asarray(INPUTS))
+        return errors(prediction, jnp.asarray(TARGETS)).sum()
+
+    gradient = fb.grad(total_error)(weights)
+    return jax.tree.map(lambda weight, slope: weight - RATE * slope, weights, gradient)
+
+
+def update_outputs_first(weights: Weights) -> Weights:
+    """The step in the other order: δ of the outputs reaches h1 and h2 through w5+ to w8+.
+
+    Not gradient descent, since the hidden weights follow no gradient, but it is what the article's
+    numbers after the first update agree with.
+    """
+    _, _, _, gradient, deltas = first_pass(weights)
+    output = weights.output - RATE * gradient.output
+
+    def net_output(hidden_weights: jax.Array) -> jax.Array:
+        return forward(Weights(hidden_weights, output), jnp.asarray(INPUTS))[0].output
+
+    _, pullback = fb.vjp(net_output, weights.hidden)
+    (slope,) = pullback(deltas.output)
+    return Weights(weights.hidden - RATE * slope, output)
+
+
+def train(
+    updates: int, step: Callable[[Weights], Weights] = update
+) -> tuple[Weights, jax.Array, float]:
+    """The weights after ``updates`` steps from the start, their outputs (2,) and their error."""
+    repeat = jax.jit(lambda start: jax.lax.fori_loop(0, updates, lambda _, w: step(w), start))
+    weights = repeat(initial_weights())
+    prediction = outputs(weights, jnp.asarray(INPUTS))
+    return weights, prediction, float(errors(prediction, jnp.asarray(TARGETS)).sum())
+
+
+def calculation() -> dict[str, list[Row]]:
+    """The whole worked example in float64: the rows of each stage, in the order of the pencil."""
+    with jax.enable_x64(True):
+        nets, neurons, parts, gradient, deltas = jax.tree.map(
+            np.asarray, first_pass(initial_weights())
+        )
+        once, _, error_once = train(1)
+        _, outputs_trained, error_trained = train(UPDATES)
+        _, _, error_before = train(UPDATES - 1)
+        _, _, error_article = train(1, update_outputs_first)
+        _, outputs_article, _ = train(UPDATES, update_outputs_first)
+        slopes = list(_by_weight(gradient, "{delta}·{source}"))
+        moved = list(_by_weight(once, "{weight} − 0.5·∂E/∂{weight}"))
+    return {
+        "Forward": [
+            *_pair("net h1", "w1·i1 + w2·i2 + b1", "net h2", "w3·i1 + w4·i2 + b1", nets.hidden),
+            *_pair("h1", "1/(1 + exp(−net h1))", "h2", "1/(1 + exp(−net h2))", neurons.hidden),
+            *_pair("net o1", "w5·h1 + w6·h2 + b2", "net o2", "w7·h1 + w8·h2 + b2", nets.output),
+            *_pair("o1", "1/(1 + exp(−net o1))", "o2", "1/(1 + exp(−net o2))", neurons.output),
+        ],
+        "Error": [
+            *_pair("E o1", "½(t1 − o1)²", "E o2", "½(t2 − o2)²", parts),
+            _row("E", "E o1 + E o2", parts.sum()),
+        ],
+        "Error signals": [
+            *_pair("δ o1", "(o1 − t1)·o1·(1 − o1)", "δ o2", "(o2 − t2)·o2·(1 − o2)", deltas.output),
+            *_pair(
+                *("δ h1", "(w5·δ o1 + w7·δ o2)·h1·(1 − h1)"),
+                *("δ h2", "(w6·δ o1 + w8·δ o2)·h2·(1 − h2)"),
+                deltas.hidden,
+            ),
+        ],
+        "Gradient": [_row(f"∂E/∂{name}", how, slope) for name, how, slope in slopes],
+        "One update": [_row(f"{name}+", how, weight) for name, how, weight in moved],
+        "After training": [
+            _later("E, 1 update", "forward again with w1+ … w8+", error_once),
+            _later("E, 10000 updates", "all of it, 10000 times", error_trained),
+            _later("o1, 10000 updates", "target 0.01", outputs_trained[0]),
+            _later("o2, 10000 updates", "target 0.99", outputs_trained[1]),
+        ],
+        "What gives the article's": [
+            _later("E, 1 update", "hidden δ through w5+ … w8+", error_article),
+            _later("E, 10000 updates", "the error after 9999 updates", error_before),
+            _later("o1, 10000 updates", "hidden δ through w5+ … w8+", outputs_article[0]),
+            _later("o2, 10000 updates", "hidden δ through w5+ … w8+", outputs_article[1]),
+        ],
+    }
+
+
+def print_calculation(console: Console, stages: dict[str, list[Row]], decimals: int) -> None:
+    """Print the rows of each stage under its name."""
+    console.print("A 2-2-2 network of sigmoid neurons, one training example, gradient descent.")
+    console.print("inputs   i1 = 0.05  i2 = 0.10      targets  t1 = 0.01  t2 = 0.99")
+    console.print("weights  w1 = 0.15  w2 = 0.20  w3 = 0.25  w4 = 0.30  (inputs to hidden)")
+    console.print("         w5 = 0.40  w6 = 0.45  w7 = 0.50  w8 = 0.55  (hidden to outputs)")
+    console.print("biases   b1 = 0.35  b2 = 0.60  (fixed)      rate  0.5")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("quantity")
+    table.add_column("how")
+    table.add_column("computed", justify="right")
+    table.add_column("published", justify="right")
+    table.add_column("agrees")
+    for stage, rows in stages.items():
+        table.add_row("")
+        table.add_row(stage, style="bold")
+        for row in rows:
+            style = "red" if row.agreement is Agreement.NO else None
+            value = f"{row.value:.{decimals}f}"
+            cells = (row.name, row.how, value, row.published or "", row.agreement.value)
+            table.add_row(*cells, style=style)
+    console.print(table)
+
+
+def print_verdict(console: Console, stages: dict[str, list[Row]]) -> int:
+    """Say how many rows agree; the exit status is 1 if one of the first pass does not."""
+    rows = [row for stage in stages.values() for row in stage]
+    verdicts = [row.agreement for row in rows if row.binding and row.published]
+    wrong = verdicts.count(Agreement.NO)
+    agreeing = len(verdicts) - wrong
+    console.print(
+        f"\n{agreeing} of the {len(verdicts)} numbers published for the first pass agree"
+        " with float64 arithmetic."
+    )
+    otherwise = [row for row in rows if row.agreement is Agreement.OTHERWISE]
+    if otherwise:
+        console.print(
+            f"{len(otherwise)} published for later do not: the last rows show which other order of"
+            " updating, or how many updates,\ngives them. The computed values are those of gradient"
+            " descent as the first pass defines it."
+        )
+    return 1 if wrong else 0
+
+
+def _row(name: str, how: str, value: float) -> Row:
+    return Row(name, how, float(value), PUBLISHED.get(name))
+
+
+def _later(name: str, how: str, value: float | jax.Array) -> Row:
+    """A row after the first update, where the article need not agree."""
+    return Row(name, how, float(value), PUBLISHED[name], binding=False)
+
+
+def _pair(
+    first: str, first_how: str, second: str, second_how: str, values: np.ndarray
+) -> tuple[Row, Row]:
+    """The rows of a layer's two neurons."""
+    return _row(first, first_how, values[0]), _row(second, second_how, values[1])
+
+
+def _by_weight(values: Weights, how: str) -> Iterator[tuple[str, str, float]]:
+    """The eight entries of ``values`` with the weight's name and how one finds its number."""
+    layers = (("δ h", "i", values.hidden), ("δ o", "h", values.output))
+    ends = [(layer, to, source) for layer in layers for to in (0, 1) for source in (0, 1)]
+    for number, ((delta, source_name, matrix), to, source) in enumerate(ends, start=1):
+        formula = how.format(
+            weight=f"w{number}", delta=f"{delta}{to + 1}", source=f"{source_name}{source + 1}"
+        )
+        yield f"w{number}", formula, float(matrix[to, source])
+
+
+def script(settings: Settings) -> int:
+    """Print the example; the exit status says whether the first pass agrees with the article."""
+    console = command.terminal()
+    stages = calculation()
+    print_calculation(console, stages, settings.decimals)
+    return print_verdict(console, stages)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
+    return command.run(Settings, script, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

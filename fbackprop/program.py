@@ -1,0 +1,397 @@
+"""Programs: what tracing a function gives, and the one place that touches JAX's internals.
+
+JAX's intermediate language drifts from release to release. Everything that reads it stands here:
+how a function is traced, how an equation is run again, which operands of a `scan` are its carry,
+where a user's `custom_vjp` keeps its two halves. The rest of the library sees only `Program` and
+`Equation`.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax._src import ad_util, api_util, core, dtypes, linear_util, source_info_util
+from jax._src.custom_derivatives import SymbolicZero
+from jax._src.interpreters import partial_eval
+from jax._src.sharding_impls import UNSPECIFIED
+from jax.extend.core import Literal, Primitive, Var
+
+type_of = jax.typeof
+float0 = jax.dtypes.float0
+
+
+class Equation:
+    """One application of a primitive: ``outputs = primitive[params](inputs)``.
+
+    Attributes:
+      primitive: the JAX primitive applied.
+      params: its static parameters.
+      inputs: variables (hashable, opaque) or `Literal`s, one per operand.
+      outputs: variables, one per result.
+      in_avals, out_avals: abstract values (`.shape`, `.dtype`) of operands and results.
+      memo: facts derived from the equation, computed once (see `memoized`).
+    """
+
+    __slots__ = (
+        "primitive", "params", "inputs", "outputs", "in_avals", "out_avals", "memo", "_eqn",
+    )  # fmt: skip
+
+    def __init__(self, eqn):
+        self.primitive: Primitive = eqn.primitive
+        self.params: dict[str, Any] = eqn.params
+        self.inputs = tuple(eqn.invars)
+        self.outputs = tuple(eqn.outvars)
+        self.in_avals = tuple(v.aval for v in eqn.invars)
+        self.out_avals = tuple(v.aval for v in eqn.outvars)
+        self.memo: dict = {}
+        self._eqn = eqn
+
+    def __repr__(self) -> str:
+        return f"<{self.primitive} at {self.source}>"
+
+    @property
+    def source(self) -> str:
+        """The line of the user's code that called the primitive, ``file:line (function)``."""
+        return source_info_util.summarize(self._eqn.source_info) or "an unknown line"
+
+    @property
+    def has_effects(self) -> bool:
+        return bool(self._eqn.effects)
+
+    def location(self):
+        """A context in which new operations are attributed to this equation's line and scope."""
+        info = self._eqn.source_info
+        stack = source_info_util.current_name_stack() + info.name_stack
+        return source_info_util.user_context(info.traceback, name_stack=stack)
+
+    def bind(self, *values) -> list:
+        """Run the equation on `values`; always a list of results."""
+        eqn = self._eqn
+        params = self.primitive.get_bind_params(self.params)
+        with self.location(), eqn.ctx.manager:
+            out = self.primitive.bind(*values, **params)
+        return list(out) if self.primitive.multiple_results else [out]
+
+
+class Program:
+    """A straight line of equations from `inputs` to `outputs`: a function, traced.
+
+    Attributes:
+      inputs: the variables that take the arguments.
+      constants: pairs (variable, value) that the trace closed over.
+      equations: in order of execution.
+      outputs: variables or `Literal`s.
+      memo: facts derived from the program, computed once (see `memoized`).
+    """
+
+    __slots__ = ("inputs", "constants", "equations", "outputs", "memo", "_last_use", "__weakref__")
+
+    def __init__(self, inputs, constants, equations, outputs):
+        self.inputs = tuple(inputs)
+        self.constants = tuple(constants)
+        self.equations = tuple(equations)
+        self.outputs = tuple(outputs)
+        self.memo: dict = {}
+        self._last_use: list[list[Var]] | None = None
+
+    @property
+    def in_avals(self):
+        return tuple(v.aval for v in self.inputs)
+
+    @property
+    def out_avals(self):
+        return tuple(v.aval for v in self.outputs)
+
+    def dying(self) -> list[list[Var]]:
+        """For each equation the variables that no later equation and no output reads."""
+        if self._last_use is None:
+            seen = {v for v in self.outputs if isinstance(v, Var)}
+            self._last_use = []
+            for eqn in reversed(self.equations):
+                fresh = {v for v in (*eqn.inputs, *eqn.outputs) if isinstance(v, Var)} - seen
+                seen |= fresh
+                self._last_use.append(list(fresh))
+            self._last_use.reverse()
+        return self._last_use
+
+
+def read(env: dict, atom):
+    """The value of a variable or literal."""
+    return atom.val if isinstance(atom, Literal) else env[atom]
+
+
+def evaluate(program: Program, values: Sequence) -> list:
+    """Run `program` on `values`, one per input; returns one value per output."""
+    env = dict(program.constants)
+    env.update(zip(program.inputs, values, strict=True))
+    for eqn, dead in zip(program.equations, program.dying(), strict=True):
+        env.update(zip(eqn.outputs, eqn.bind(*(read(env, v) for v in eqn.inputs)), strict=True))
+        for v in dead:
+            env.pop(v, None)
+    return [read(env, v) for v in program.outputs]
+
+
+def memoized(function):
+    """Cache ``function(owner, *key)`` on the program or equation that owns it, while it lives."""
+
+    @functools.wraps(function)
+    def cached(owner: Program | Equation, *key):
+        slot = (function, *key)
+        if slot not in owner.memo:
+            owner.memo[slot] = function(owner, *key)
+        return owner.memo[slot]
+
+    return cached
+
+
+# --- tracing ------------------------------------------------------------------------------------
+
+
+def trace_jaxpr(function: Callable, avals: Sequence, name: str = "fbackprop"):
+    """Trace a flat function (arrays in, list of arrays out); returns the closed jaxpr."""
+    info = api_util.debug_info(name, function, tuple(avals), {})
+    wrapped = linear_util.wrap_init(function, debug_info=info)
+    jaxpr, _, consts = partial_eval.trace_to_jaxpr_dynamic(wrapped, tuple(avals))
+    return close(jaxpr, consts)
+
+
+def close(jaxpr, consts=()):
+    """A jaxpr with its constants attached, in either of JAX's two representations."""
+    if hasattr(jaxpr, "with_consts"):  # JAX >= 0.12: a jaxpr carries its own constants
+        return jaxpr.with_consts(list(consts)) if consts else jaxpr
+    return core.ClosedJaxpr(jaxpr, list(consts))
+
+
+def program_of(jaxpr) -> Program:
+    """The `Program` of a jaxpr, open or closed; the same object for the same jaxpr."""
+    program = _programs.get(jaxpr)
+    if program is None:
+        inner = getattr(jaxpr, "jaxpr", jaxpr)
+        constants = zip(inner.constvars, getattr(jaxpr, "consts", ()), strict=True)
+        program = Program(inner.invars, constants, map(Equation, inner.eqns), inner.outvars)
+        _programs[jaxpr] = program
+    return program
+
+
+_programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def trace(function: Callable, avals: Sequence, name: str = "fbackprop") -> Program:
+    """Trace a flat function of arrays with the abstract values `avals`."""
+    return program_of(trace_jaxpr(function, avals, name))
+
+
+class TracedFunction(NamedTuple):
+    """A user's function, traced.
+
+    Attributes:
+      program: constants and argument leaves, to output leaves and then auxiliary arrays.
+      constants: the values that it closed over, to be passed first.
+      out_structure: the tree of the (differentiated) output.
+      unflatten: from the program's outputs to the function's output and auxiliary output.
+    """
+
+    program: Program
+    constants: list
+    out_structure: Any
+    unflatten: Callable
+
+
+def trace_function(f: Callable, leaves: Sequence, structure, has_aux: bool) -> TracedFunction:
+    """Trace `f`, called on the pytree of arguments with these leaves."""
+    out_structure = aux_structure = None
+    aux_leaves: list = []
+
+    def flat(*leaves):
+        nonlocal out_structure, aux_structure, aux_leaves
+        out, aux = f(*jax.tree.unflatten(structure, leaves)), ()
+        if has_aux:
+            if not isinstance(out, tuple | list) or len(out) != 2:
+                raise TypeError(
+                    "has_aux=True means that the function returns a pair (output, aux), but it "
+                    f"returned {type(out).__name__}: {out}"
+                )
+            out, aux = out
+        out_leaves, out_structure = jax.tree.flatten(out)
+        aux_leaves, aux_structure = jax.tree.flatten(aux)
+        return [*out_leaves, *(x for x in aux_leaves if isinstance(x, core.Tracer))]
+
+    args = jax.tree.unflatten(structure, leaves)
+    info = api_util.debug_info("vjp", f, args, {})
+    wrapped = linear_util.wrap_init(flat, debug_info=info)
+    avals = [type_of(x) for x in leaves]
+    jaxpr, _, constants = partial_eval.trace_to_jaxpr_dynamic(wrapped, avals)
+    program = Program(
+        (*jaxpr.constvars, *jaxpr.invars), (), map(Equation, jaxpr.eqns), jaxpr.outvars
+    )
+    # Auxiliary leaves that do not depend on the trace (numbers, strings) are passed by.
+    aux_template = [None if isinstance(x, core.Tracer) else x for x in aux_leaves]
+    traced_aux = [isinstance(x, core.Tracer) for x in aux_leaves]
+    aux_leaves = []
+
+    def unflatten(outs):
+        n = out_structure.num_leaves
+        arrays = iter(outs[n:])
+        aux = [
+            next(arrays) if is_traced else value
+            for value, is_traced in zip(aux_template, traced_aux, strict=True)
+        ]
+        return (
+            jax.tree.unflatten(out_structure, outs[:n]),
+            jax.tree.unflatten(aux_structure, aux),
+        )
+
+    return TracedFunction(program, list(constants), out_structure, unflatten)
+
+
+def prune(jaxpr, keep: Sequence[bool]):
+    """The closed jaxpr computing only the outputs marked in `keep`; its inputs stay as they are.
+
+    Dead code is removed inside calls and loops too. Returns the jaxpr and which inputs it reads.
+    """
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    consts = tuple(getattr(jaxpr, "consts", ()))
+    n = len(inner.constvars)
+    opened = partial_eval.convert_constvars_jaxpr(inner) if n else inner
+    pruned, used = partial_eval.dce_jaxpr(opened, list(keep), [True] * len(opened.invars))
+    used = _read_variables(pruned, opened.invars)
+    if n:
+        pruned = partial_eval.convert_invars_to_constvars(pruned, n)
+    return close(pruned, consts), used[n:]
+
+
+def _read_variables(jaxpr, _) -> list[bool]:
+    seen = {v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, Var)}
+    seen.update(v for v in jaxpr.outvars if isinstance(v, Var))
+    return [v in seen for v in jaxpr.invars]
+
+
+def with_outputs(jaxpr, outputs: Sequence):
+    """The same jaxpr returning other variables of it."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    return close(inner.replace(outvars=list(outputs)), tuple(getattr(jaxpr, "consts", ())))
+
+
+# --- abstract values ------------------------------------------------------------------------------
+
+
+def is_inexact(aval) -> bool:
+    """Whether values of this type have derivatives (floating point or complex)."""
+    return isinstance(aval, core.ShapedArray) and dtypes.issubdtype(aval.dtype, np.inexact)
+
+
+def tangent_aval(aval):
+    return aval.to_tangent_aval()
+
+
+def cotangent_aval(aval):
+    """The abstract value that a cotangent of a value of type `aval` has."""
+    make = getattr(aval, "to_ct_aval", None) or getattr(aval, "to_cotangent_aval", None)
+    return make() if make else aval.to_tangent_aval()
+
+
+def zeros(aval) -> jax.Array:
+    """An array of zeros of this type, sharding and device-variance included."""
+    return ad_util.zeros_like_aval(cotangent_aval(aval))
+
+
+def float0_zeros(shape) -> np.ndarray:
+    """The cotangent of an integer or boolean array."""
+    return np.zeros(shape, dtype=float0)
+
+
+def is_concrete(value) -> bool:
+    return not isinstance(value, core.Tracer)
+
+
+# --- parameters of control-flow and custom-rule equations ---------------------------------------
+
+
+def scan_counts(params: dict) -> tuple[int, int]:
+    """How many of a scan's operands are loop constants and how many are carry."""
+    if "ft_in" in params:  # JAX >= 0.12
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(list(consts)), len(list(carry))
+    return params["num_consts"], params["num_carry"]
+
+
+def while_counts(params: dict) -> tuple[int, int]:
+    """How many of a while loop's operands are constants of its condition and of its body."""
+    return params["cond_nconsts"], params["body_nconsts"]
+
+
+def call(eqn: Equation, jaxpr, name: str, values: Sequence) -> list:
+    """Call `jaxpr` on `values` as one jit-ted call, like the jit equation `eqn` does its own."""
+    n_in, n_out = len(jaxpr.in_avals), len(jaxpr.out_avals)
+    params = dict(
+        eqn.params,
+        jaxpr=jaxpr,
+        name=name,
+        in_shardings=(UNSPECIFIED,) * n_in,
+        out_shardings=(UNSPECIFIED,) * n_out,
+        in_layouts=(None,) * n_in,
+        out_layouts=(None,) * n_out,
+        donated_invars=(False,) * n_in,
+    )
+    with eqn.location():
+        return list(eqn.primitive.bind(*values, **params))
+
+
+def custom_vjp_halves(eqn: Equation, perturbed: Sequence[bool]):
+    """A user's `custom_vjp`: its forward and backward functions on flat arrays.
+
+    Returns ``(fwd, bwd)``: ``fwd(*primals) -> (outputs, residuals)`` and
+    ``bwd(residuals, cotangents) -> cotangents of the primals`` with None for zero; a cotangent
+    may be given as None.
+    """
+    fun_fwd_bwd = eqn.primitive.get_bind_params(eqn.params)["subfuns"]
+    _, fwd, bwd = fun_fwd_bwd
+    out_trees = eqn.params["out_trees"]
+
+    def forward(*primals):
+        flat = [leaf for pair in zip(primals, perturbed, strict=True) for leaf in pair]
+        residuals_and_outputs = fwd.call_wrapped(*flat)
+        _, residual_tree, forwarded = out_trees()
+        n = residual_tree.num_leaves - sum(f is not None for f in forwarded)
+        fresh = iter(residuals_and_outputs[:n])
+        residuals = [next(fresh) if f is None else primals[f] for f in forwarded]
+        return list(residuals_and_outputs[n:]), residuals
+
+    def backward(residuals, cotangents):
+        cotangents = [
+            SymbolicZero(cotangent_aval(aval)) if ct is None else ct
+            for ct, aval in zip(cotangents, eqn.out_avals, strict=True)
+        ]
+        result = bwd.call_wrapped(*residuals, *cotangents)
+        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], list):
+            result, _ = result  # JAX >= 0.12 returns logs beside the cotangents
+        return [None if isinstance(ct, (ad_util.Zero, SymbolicZero)) else ct for ct in result]
+
+    return forward, backward
+
+
+# --- primitives ----------------------------------------------------------------------------------
+
+
+def primitive(name: str) -> Primitive | None:
+    """The JAX primitive called `name`, or None where this JAX does not have it."""
+    return _primitives_by_name().get(name)
+
+
+@functools.cache
+def _primitives_by_name() -> dict[str, Primitive]:
+    from jax._src import ad_checkpoint, pjit
+    from jax._src.lax import control_flow, lax, parallel, slicing, special, windowed_reductions
+    from jax.extend.core import primitives
+
+    modules: Iterable = (
+        primitives, lax, slicing, special, windowed_reductions, control_flow, parallel,
+        ad_checkpoint, pjit, ad_util,
+    )  # fmt: skip
+    found = (v for module in modules for v in vars(module).values() if isinstance(v, Primitive))
+    return {p.name: p for p in reversed(list(found))}

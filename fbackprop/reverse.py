@@ -1,0 +1,267 @@
+"""`vjp`, `grad` and `value_and_grad`: the backward sweep behind JAX's own signatures."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from fbackprop import rules as _  # noqa: F401  (fills the table)
+from fbackprop.program import (
+    Program,
+    cotangent_aval,
+    float0_zeros,
+    is_inexact,
+    trace_function,
+    type_of,
+    zeros,
+)
+from fbackprop.sweep import backward, forward
+from fbackprop.table import Rules
+
+DEFAULT, STRICT = Rules(), Rules(strict=True)
+
+
+def vjp(f: Callable, *primals, has_aux: bool = False, strict: bool = False):
+    """Value of `f` at `primals` and its pullback there.
+
+    With ``y = f(*primals)`` and Jacobian ``J``, the pullback maps a cotangent ``v`` of ``y`` to
+    ``Jᵀ v``, one cotangent per primal: reverse-mode automatic differentiation by a hand-written
+    sweep (Griewank and Walther 2008, section 3.2). It computes nothing of the forward pass again.
+
+    Args:
+      f: function of arrays, or of pytrees of arrays, to a pytree of arrays.
+      *primals: where to evaluate; arrays, scalars or pytrees of them.
+      has_aux: whether `f` returns a pair, of which only the first is differentiated.
+      strict: refuse primitives without a hand-written rule instead of deriving one.
+
+    Returns:
+      ``(value, pullback)``, or ``(value, pullback, aux)`` with `has_aux`. ``pullback(v)`` takes a
+      pytree like `value`, of the same shapes and dtypes, and returns a tuple with one pytree per
+      primal; the cotangents of integer inputs have dtype float0. It is itself a pytree: it passes
+      through `jit`.
+
+    Raises:
+      TypeError: if `f` does not take or return arrays, or, with `has_aux`, no pair.
+      MissingRule: with `strict`, for a primitive without a rule.
+
+    Example:
+      >>> import jax.numpy as jnp, fbackprop as fb
+      >>> value, pullback = fb.vjp(jnp.multiply, 3.0, 4.0)
+      >>> [float(ct) for ct in pullback(1.0)]
+      [4.0, 3.0]
+    """
+    if not callable(f):
+        raise TypeError(f"vjp differentiates functions, but its first argument is {f!r}")
+    leaves, structure = jax.tree.flatten(primals)
+    traced = trace_function(f, leaves, structure, has_aux)
+    inputs = [*traced.constants, *leaves]
+    active = (False,) * len(traced.constants) + tuple(is_inexact(type_of(x)) for x in leaves)
+    rules = STRICT if strict else DEFAULT
+    outs, tape = forward(rules, traced.program, active, inputs)
+    value, aux = traced.unflatten(outs)
+    sweep = _Sweep(rules, traced.program, active, traced.out_structure, structure)
+    pullback = jax.tree_util.Partial(sweep, tape)
+    return (value, pullback, aux) if has_aux else (value, pullback)
+
+
+class _Sweep(NamedTuple):
+    """The static part of a pullback; with a tape it is one."""
+
+    rules: Rules
+    program: Program
+    active: tuple[bool, ...]
+    out_structure: Any
+    in_structure: Any
+
+    def __call__(self, tape, cotangent):
+        n_out, n_in = self.out_structure.num_leaves, self.in_structure.num_leaves
+        cts = self._checked(cotangent)
+        cts += [None] * (len(self.program.outputs) - n_out)  # auxiliary outputs
+        found = backward(self.rules, self.program, self.active, tape, cts)[-n_in:] if n_in else []
+        avals = self.program.in_avals[-n_in:] if n_in else ()
+        return jax.tree.unflatten(
+            self.in_structure,
+            [_instantiate(ct, aval) for ct, aval in zip(found, avals, strict=True)],
+        )
+
+    def _checked(self, cotangent) -> list:
+        """The leaves of a cotangent, None where it is of an integer output."""
+        leaves, structure = jax.tree.flatten(cotangent)
+        if structure != self.out_structure:
+            raise ValueError(
+                f"unexpected tree structure of argument to vjp function: got {structure}, but "
+                f"expected to match {self.out_structure}, that of the function's output"
+            )
+        expected = [cotangent_aval(v) for v in self.program.out_avals[: len(leaves)]]
+        for leaf, aval in zip(leaves, expected, strict=True):
+            got = type_of(leaf)
+            if (got.shape, got.dtype) != (aval.shape, aval.dtype):
+                raise ValueError(
+                    "unexpected JAX type (e.g. shape/dtype) for argument to vjp function: got "
+                    f"{got.str_short()}, but expected {aval.str_short()} because the "
+                    "corresponding output of the function has that shape and tangent dtype"
+                )
+        return [
+            leaf if is_inexact(aval) else None for leaf, aval in zip(leaves, expected, strict=True)
+        ]
+
+
+def _instantiate(ct, aval):
+    if not is_inexact(aval):
+        return float0_zeros(aval.shape)
+    return zeros(aval) if ct is None else ct
+
+
+def grad(
+    f: Callable,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+    *,
+    strict: bool = False,
+) -> Callable:
+    """The gradient of a scalar-valued function, as a function of the same arguments.
+
+    ``grad(f)(x)`` is ``∂f/∂x``, of the shape and dtype of `x`, by one backward sweep.
+
+    Args:
+      f: function to a real scalar; its other arguments may be anything, keywords included.
+      argnums: the positional argument or arguments to differentiate, each a pytree of arrays.
+      has_aux: whether `f` returns ``(value, aux)``; the gradient then comes as ``(grad, aux)``.
+      holomorphic: whether `f` is complex-differentiable; inputs and output must be complex.
+      allow_int: whether integer inputs are allowed; their gradients have dtype float0.
+      strict: refuse primitives without a hand-written rule instead of deriving one.
+
+    Returns:
+      A function returning the gradient, or a tuple of gradients if `argnums` is a sequence.
+
+    Raises:
+      TypeError: if the output is not a real scalar, an input is not floating point, or `argnums`
+        names no argument.
+
+    Example:
+      >>> import jax.numpy as jnp, fbackprop as fb
+      >>> fb.grad(lambda x: jnp.sum(x**2))(jnp.array([1.0, 2.0]))
+      Array([2., 4.], dtype=float32)
+    """
+    both = value_and_grad(f, argnums, has_aux, holomorphic, allow_int, strict=strict)
+
+    @functools.wraps(f, assigned=_NAMES, updated=())
+    def gradient(*args, **kwargs):
+        value, g = both(*args, **kwargs)
+        return (g, value[1]) if has_aux else g
+
+    return gradient
+
+
+def value_and_grad(
+    f: Callable,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+    *,
+    strict: bool = False,
+) -> Callable:
+    """Like `grad`, returning ``(value, gradient)``, or ``((value, aux), gradient)``.
+
+    Arguments and errors are those of `grad`; value and gradient share one forward pass.
+
+    Example:
+      >>> import jax.numpy as jnp, fbackprop as fb
+      >>> value, gradient = fb.value_and_grad(jnp.sin)(0.0)
+      >>> float(value), float(gradient)
+      (0.0, 1.0)
+    """
+    if not callable(f):
+        raise TypeError(f"grad differentiates functions, but its first argument is {f!r}")
+    several = not isinstance(argnums, int)
+    try:
+        chosen = tuple(map(operator.index, argnums if several else (argnums,)))
+    except TypeError:
+        raise TypeError(f"argnums must be an int or a sequence of ints, got {argnums!r}") from None
+
+    @functools.wraps(f, assigned=_NAMES, updated=())
+    def both(*args, **kwargs):
+        needed = max((i + 1 if i >= 0 else -i for i in chosen), default=0)
+        if needed > len(args):
+            raise TypeError(
+                f"differentiating with respect to argnums={argnums} requires at least {needed} "
+                "positional arguments to be passed by the caller, but got only "
+                f"{len(args)} positional arguments."
+            )
+        positions = [i % len(args) for i in chosen]
+
+        def of_chosen(*values):
+            full = list(args)
+            for i, value in zip(positions, values, strict=True):
+                full[i] = value
+            return f(*full, **kwargs)
+
+        primals = tuple(args[i] for i in positions)
+        for path, leaf in tree_flatten_with_path(primals)[0]:
+            _check_input(leaf, f"{keystr(path)}", holomorphic, allow_int)
+        of_chosen = functools.wraps(f, assigned=_NAMES, updated=())(of_chosen)
+        value, pullback, *aux = vjp(of_chosen, *primals, has_aux=has_aux, strict=strict)
+        _check_output(value, holomorphic)
+        gradients = pullback(lax.full_like(value, 1))
+        return ((value, *aux) if has_aux else value), (gradients if several else gradients[0])
+
+    return both
+
+
+_NAMES = ("__module__", "__name__", "__qualname__", "__doc__")
+
+
+def _check_input(leaf, path: str, holomorphic: bool, allow_int: bool):
+    aval = type_of(leaf)  # raises TypeError for what is no JAX type
+    dtype = aval.dtype
+    if holomorphic and not jax.dtypes.issubdtype(dtype, np.complexfloating):
+        raise TypeError(
+            "grad with holomorphic=True requires inputs with complex dtype, but got "
+            f"{dtype.name} at argument {path}"
+        )
+    if not is_inexact(aval) and not allow_int:
+        raise TypeError(
+            "grad requires real- or complex-valued inputs (input dtype that is a sub-dtype of "
+            f"np.inexact), but got {dtype.name} at argument {path}. Convert it to floating "
+            "point, leave it out of argnums, or set allow_int=True."
+        )
+
+
+def _check_output(value, holomorphic: bool):
+    message = "Gradient only defined for scalar-output functions. Output "
+    try:
+        aval = type_of(value)
+    except TypeError as error:
+        raise TypeError(f"{message}was {value}.") from error
+    if aval.shape != ():
+        raise TypeError(
+            f"{message}had shape: {aval.shape}. Reduce it to a scalar, for example with "
+            "jnp.sum or jnp.mean, or use fb.vjp for a function of many outputs."
+        )
+    dtype = aval.dtype
+    if holomorphic:
+        if not jax.dtypes.issubdtype(dtype, np.complexfloating):
+            raise TypeError(
+                "grad with holomorphic=True requires outputs with complex dtype, but got "
+                f"{dtype.name}."
+            )
+    elif not jax.dtypes.issubdtype(dtype, np.floating):
+        hint = (
+            "For holomorphic differentiation, pass holomorphic=True; otherwise take a real part."
+            if jax.dtypes.issubdtype(dtype, np.complexfloating)
+            else "Convert the loss to floating point."
+        )
+        raise TypeError(
+            "grad requires real-valued outputs (output dtype that is a sub-dtype of np.floating), "
+            f"but got {dtype.name}. {hint}"
+        )

@@ -1,0 +1,13 @@
+"""The rules, grouped by kind; importing this package fills the table."""
+
+from fbackprop.rules import (  # noqa: F401
+    calls,
+    derived,
+    elementwise,
+    indexing,
+    layout,
+    loops,
+    products,
+    reductions,
+    windows,
+)

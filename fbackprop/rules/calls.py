@@ -1,0 +1,229 @@
+"""Calls, branches and checkpoints: equations that hold programs and run them at most once."""
+
+from __future__ import annotations
+
+from jax import lax
+
+from fbackprop.program import (
+    Program,
+    call,
+    cotangent_aval,
+    custom_vjp_halves,
+    evaluate,
+    is_inexact,
+    memoized,
+    program_of,
+    zeros,
+)
+from fbackprop.split import Split, nonzero, spread
+from fbackprop.sweep import activity
+from fbackprop.table import Rule, Rules, register
+
+
+def everything(_) -> bool:
+    return True
+
+
+@memoized
+def _split(program: Program, rules: Rules, active, recompute=None) -> Split:
+    """A call's inputs and outputs are its caller's: both pass to the backward half for free."""
+    return Split(
+        rules,
+        program,
+        active,
+        free_inputs=(True,) * len(program.inputs),
+        free_outputs=(True,) * len(program.outputs),
+        **({} if recompute is None else {"recompute": recompute}),
+    )
+
+
+class Jit(Rule):
+    """A jit-ted call stays one call forward and one backward, traced once however often called."""
+
+    def active_outputs(self, rules, eqn, active):
+        return activity(program_of(eqn.params["jaxpr"]), rules, active).outputs
+
+    def forward(self, rules, eqn, active, values):
+        split = _split(program_of(eqn.params["jaxpr"]), rules, active)
+        if split.extras:
+            results = call(eqn, split.forward, eqn.params["name"], values)
+        else:
+            results = eqn.bind(*values)
+        n = len(eqn.outputs)
+        return results[:n], split.gather(values, results[:n], results[n:])
+
+    def pullback(self, rules, eqn, active, kept, cts):
+        split = _split(program_of(eqn.params["jaxpr"]), rules, active)
+        half = split.backward(nonzero(cts))
+        values = [*kept, *(ct for ct in cts if ct is not None)]
+        return spread(
+            call(eqn, half.jaxpr, eqn.params["name"] + "_pullback", values), half.reached
+        )
+
+
+class Inline(Rule):
+    """A call whose halves run in place: `closed_call` and its like."""
+
+    jaxpr = "call_jaxpr"
+
+    def active_outputs(self, rules, eqn, active):
+        return activity(program_of(eqn.params[self.jaxpr]), rules, active).outputs
+
+    def _split(self, rules, eqn, active) -> Split:
+        return _split(program_of(eqn.params[self.jaxpr]), rules, active)
+
+    def forward(self, rules, eqn, active, values):
+        split = self._split(rules, eqn, active)
+        results = evaluate(program_of(split.forward), values)
+        n = len(eqn.outputs)
+        return results[:n], split.gather(values, results[:n], results[n:])
+
+    def pullback(self, rules, eqn, active, kept, cts):
+        half = self._split(rules, eqn, active).backward(nonzero(cts))
+        values = [*kept, *(ct for ct in cts if ct is not None)]
+        return spread(evaluate(program_of(half.jaxpr), values), half.reached)
+
+
+class Remat(Inline):
+    """`jax.checkpoint`: keep the inputs and what the policy saves, compute the rest again."""
+
+    jaxpr = "jaxpr"
+
+    def _split(self, rules, eqn, active):
+        policy = eqn.params["policy"]
+        return _checkpointed(program_of(eqn.params["jaxpr"]), rules, active, policy)
+
+    def pullback(self, rules, eqn, active, kept, cts):
+        if eqn.params["prevent_cse"] and kept:
+            # Keeps the compiler from finding the forward pass's values and keeping them after all.
+            present = [ct for ct in cts if ct is not None]
+            kept, present = lax.optimization_barrier((kept, present))
+            cts = spread(present, nonzero(cts))
+        return super().pullback(rules, eqn, active, kept, cts)
+
+
+@memoized
+def _checkpointed(program: Program, rules: Rules, active, policy) -> Split:
+    def recompute(eqn) -> bool:
+        if eqn.has_effects:
+            return False
+        if policy is None:
+            return True
+        return not _saves(policy(eqn.primitive, *eqn.in_avals, **eqn.params))
+
+    return Split(
+        rules,
+        program,
+        active,
+        free_inputs=(True,) * len(program.inputs),
+        free_outputs=(False,) * len(program.outputs),
+        recompute=recompute,
+    )
+
+
+def _saves(decision) -> bool:
+    """Policies answer with a boolean or with one of JAX's markers for save and recompute."""
+    return decision if isinstance(decision, bool) else "Recompute" not in repr(decision)
+
+
+class Cond(Rule):
+    """`cond` and `switch`: the branch taken forward is the branch taken backward."""
+
+    def active_outputs(self, rules, eqn, active):
+        branches = [program_of(jaxpr) for jaxpr in eqn.params["branches"]]
+        masks = [activity(p, rules, active[1:]).outputs for p in branches]
+        return tuple(map(any, zip(*masks, strict=True)))
+
+    def _splits(self, rules, eqn, active) -> list[Split]:
+        return [_split(program_of(j), rules, active[1:]) for j in eqn.params["branches"]]
+
+    def forward(self, rules, eqn, active, values):
+        splits = self._splits(rules, eqn, active)
+        slots = _slots([[v.aval for v in s.extras] for s in splits])
+        n = len(eqn.outputs)
+
+        def branch(split, mine):
+            def run(*operands):
+                results = evaluate(program_of(split.forward), operands)
+                extras = dict(zip(mine, results[n:], strict=True))
+                filler = (
+                    extras[i] if i in extras else zeros(aval) for i, aval in enumerate(slots[0])
+                )
+                return [*results[:n], *filler]
+
+            return run
+
+        branches = [branch(s, mine) for s, mine in zip(splits, slots[1], strict=True)]
+        index, *operands = values
+        results = lax.switch(index, branches, *operands)
+        return results[:n], (values, results[:n], results[n:])
+
+    def pullback(self, rules, eqn, active, kept, cts):
+        splits = self._splits(rules, eqn, active)
+        slots = _slots([[v.aval for v in s.extras] for s in splits])
+        (index, *operands), outs, extras = kept
+        halves = [s.backward(nonzero(cts)) for s in splits]
+        reached = tuple(map(any, zip(*(h.reached for h in halves), strict=True)))
+        present = [ct for ct in cts if ct is not None]
+
+        def branch(split, half, mine):
+            def run(operands, outs, extras, present):
+                values = split.gather(operands, outs, [extras[i] for i in mine])
+                found = evaluate(program_of(half.jaxpr), [*values, *present])
+                found = spread(found, half.reached)
+                return [
+                    zeros(aval) if ct is None else ct
+                    for ct, aval, r in zip(found, eqn.in_avals[1:], reached, strict=True)
+                    if r
+                ]
+
+            return run
+
+        branches = [branch(*each) for each in zip(splits, halves, slots[1], strict=True)]
+        found = lax.switch(index, branches, operands, outs, extras, present)
+        return [None, *spread(found, reached)]
+
+
+def _slots(avals_of_branches):
+    """Share places for extras between branches, of which one is taken: avals and indices."""
+    shared: list = []
+    places = []
+    for avals in avals_of_branches:
+        taken: list[int] = []
+        for aval in avals:
+            fits = (
+                i
+                for i, a in enumerate(shared)
+                if i not in taken and (a.shape, a.dtype) == (aval.shape, aval.dtype)
+            )
+            i = next(fits, None)
+            if i is None:
+                i = len(shared)
+                shared.append(aval)
+            taken.append(i)
+        places.append(taken)
+    return shared, places
+
+
+class CustomVJP(Rule):
+    """A user's `custom_vjp`: its backward rule is the user's own."""
+
+    def forward(self, rules, eqn, active, values):
+        fwd, _ = custom_vjp_halves(eqn, active)
+        return fwd(*values)
+
+    def pullback(self, rules, eqn, active, kept, cts):
+        _, bwd = custom_vjp_halves(eqn, active)
+        return [
+            ct if a and is_inexact(aval) else None
+            for ct, a, aval in zip(bwd(kept, cts), active, eqn.in_avals, strict=True)
+        ]
+
+
+register("jit", Jit())
+register("closed_call", Inline())
+register("remat2", Remat())
+register("cond", Cond())
+register("custom_vjp_call", CustomVJP())
+
+__all__ = ["cotangent_aval"]

@@ -1,0 +1,85 @@
+"""Rules derived from forward mode: sweep the tangent program, which is linear.
+
+The program of a primitive's tangents, given its operands, is linear in the tangents of its
+operands; the backward sweep of a linear program is its transpose. So a primitive with a
+forward-mode rule, or a user's `custom_jvp` function, has a backward rule already.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from fbackprop.program import (
+    Equation,
+    evaluate,
+    is_inexact,
+    memoized,
+    program_of,
+    tangent_aval,
+    trace,
+)
+from fbackprop.split import Split, nonzero, spread
+from fbackprop.table import DERIVED, Rule, Rules, register
+
+
+def tangent_program(eqn: Equation, active):
+    """The program (operands, tangents of the active ones) -> (results, their tangents)."""
+    n = len(eqn.inputs)
+    carries = [is_inexact(aval) for aval in eqn.out_avals]
+
+    def run(*values):
+        operands, tangents = values[:n], values[n:]
+        moving = [x for x, a in zip(operands, active, strict=True) if a]
+
+        def apply(*moving):
+            remaining = iter(moving)
+            return eqn.bind(
+                *(next(remaining) if a else x for x, a in zip(operands, active, strict=True))
+            )
+
+        outs, tangents_out = jax.jvp(apply, tuple(moving), tuple(tangents))
+        return [*outs, *(t for t, c in zip(tangents_out, carries, strict=True) if c)]
+
+    avals = list(eqn.in_avals)
+    avals += [tangent_aval(aval) for aval, a in zip(eqn.in_avals, active, strict=True) if a]
+    return trace(run, avals), carries
+
+
+@memoized
+def _split(eqn: Equation, rules: Rules, active) -> Split:
+    program, carries = tangent_program(eqn, active)
+    n_in, n_tangents = len(eqn.inputs), sum(active)
+    n_out, n_moving = len(eqn.outputs), sum(carries)
+    tangents = (False,) * n_in + (True,) * n_tangents
+    return Split(
+        rules,
+        program,
+        tangents,
+        free_inputs=(True,) * n_in + (False,) * n_tangents,
+        free_outputs=(True,) * n_out + (False,) * n_moving,
+        unknown_inputs=tangents,
+        computed_outputs=(True,) * n_out + (False,) * n_moving,
+    )
+
+
+class Derived(Rule):
+    """Any primitive with a forward-mode rule, and every `custom_jvp` function."""
+
+    def forward(self, rules, eqn, active, values):
+        split = _split(eqn, rules, active)
+        unknown = [None] * sum(active)
+        results = evaluate(program_of(split.forward), [*values, *unknown])
+        n = len(eqn.outputs)
+        return results[:n], split.gather(values, results[:n], results[n:])
+
+    def pullback(self, rules, eqn, active, kept, cts):
+        carries = [is_inexact(aval) for aval in eqn.out_avals]
+        moving = [ct for ct, c in zip(cts, carries, strict=True) if c]
+        half = _split(eqn, rules, active).backward((*(False,) * len(cts), *nonzero(moving)))
+        values = [*kept, *(ct for ct in moving if ct is not None)]
+        found = spread(evaluate(program_of(half.jaxpr), values), half.reached)
+        return spread(found[len(eqn.inputs) :], active)
+
+
+register("custom_jvp_call", Derived())
+DERIVED.append(Derived())

@@ -1,0 +1,265 @@
+"""The table of backward rules: one row per primitive, and how a row is written.
+
+A row gives, for each operand of the primitive, its *pullback*: the function that turns the
+cotangent of the result into the cotangent of that operand. What a pullback keeps from the forward
+pass it says by the names of its parameters:
+
+    ``ct``               the cotangent of the result (a tuple ``cts`` for several results)
+    ``x``, ``y``, ``z``  the first, second, third operand
+    ``xs``               all operands, as a tuple
+    ``out``, ``outs``    the result, the results
+    ``eqn``              static facts: ``eqn.params``, ``eqn.in_avals``, ``eqn.out_avals``
+
+so that ``defrule("mul", lambda ct, y: ct * y, lambda ct, x: ct * x)`` is the whole rule of the
+product, and the engine knows, without running it, that the cotangent of ``x`` needs ``y`` alone.
+Scalars and axes of size one broadcast: the engine sums their cotangents, no rule has to.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from fbackprop.program import (
+    Equation,
+    Primitive,
+    cotangent_aval,
+    is_inexact,
+    primitive,
+    type_of,
+    zeros,
+)
+
+OPERANDS = "xyz"
+
+
+class MissingRule(NotImplementedError):
+    """A primitive has no hand-written backward rule, and the sweep was asked to be strict."""
+
+
+class Rule:
+    """How one primitive goes forward and backward. Control flow subclasses it directly.
+
+    In every method `active` says which operands depend on the differentiated inputs, and `rules`
+    is the `Rules` in force, for rules that sweep programs of their own.
+    """
+
+    def active_outputs(self, rules: Rules, eqn: Equation, active: tuple[bool, ...]):
+        """Which results carry a derivative; by default all that are floating or complex."""
+        return tuple(any(active) and is_inexact(aval) for aval in eqn.out_avals)
+
+    def forward(self, rules: Rules, eqn: Equation, active: tuple[bool, ...], values: Sequence):
+        """Run the equation; returns its results and a pytree of arrays kept for `pullback`."""
+        raise NotImplementedError
+
+    def pullback(self, rules: Rules, eqn: Equation, active: tuple[bool, ...], kept, cts: Sequence):
+        """Cotangents of the operands from those of the results; None stands for zero."""
+        raise NotImplementedError
+
+
+class ZeroRule(Rule):
+    """A primitive whose derivative is zero, or that has none to pass on."""
+
+    def active_outputs(self, rules, eqn, active):
+        return (False,) * len(eqn.out_avals)
+
+
+class LocalRule(Rule):
+    """A rule given by its pullbacks, one per operand, or by one for all operands jointly."""
+
+    def __init__(self, pullbacks: Sequence[Callable | None], joint: bool = False):
+        self.joint = joint
+        self.pullbacks = tuple(pullbacks)
+        self.names = tuple(f and tuple(inspect.signature(f).parameters) for f in pullbacks)
+        self.kept_names = functools.cache(self._kept_names)
+
+    def active_outputs(self, rules, eqn, active):
+        if not self.joint:  # an operand without a pullback passes no derivative on
+            active = [a and f is not None for a, f in zip(active, self.pullbacks, strict=False)]
+        return super().active_outputs(rules, eqn, active)
+
+    def _wanted(self, active):
+        if self.joint:
+            return [0] if any(active) else []
+        return [i for i, a in enumerate(active) if a and self.pullbacks[i] is not None]
+
+    def _kept_names(self, active) -> tuple[str, ...]:
+        names = {name for i in self._wanted(active) for name in self.names[i]}
+        return tuple(sorted(names - {"ct", "cts", "eqn"}))
+
+    def forward(self, rules, eqn, active, values):
+        if not self.joint and len(self.pullbacks) != len(values):
+            raise TypeError(
+                f"the rule of '{eqn.primitive}' has {len(self.pullbacks)} pullbacks, but the "
+                f"equation at {eqn.source} has {len(values)} operands: give one per operand"
+            )
+        outs = eqn.bind(*values)
+        # Literals may be Python numbers; rules see arrays.
+        values = [
+            v if hasattr(v, "dtype") else np.asarray(v, aval.dtype)
+            for v, aval in zip(values, eqn.in_avals, strict=True)
+        ]
+        available: dict[str, Any] = dict(zip(OPERANDS, values, strict=False))
+        available |= {"xs": tuple(values), "out": outs[0] if outs else None, "outs": tuple(outs)}
+        return outs, tuple(available[name] for name in self.kept_names(active))
+
+    def pullback(self, rules, eqn, active, kept, cts):
+        known = dict(zip(self.kept_names(active), kept, strict=True), eqn=eqn, ct=cts[0])
+        if len(cts) > 1 or any("cts" in (names or ()) for names in self.names):
+            known["cts"] = tuple(
+                zeros(aval) if ct is None else ct
+                for ct, aval in zip(cts, eqn.out_avals, strict=True)
+            )
+        results: list = [None] * len(eqn.inputs)
+        for i in self._wanted(active):
+            result = self.pullbacks[i](**{name: known[name] for name in self.names[i]})
+            if self.joint:
+                results = list(result) if isinstance(result, tuple | list) else [result]
+            else:
+                results[i] = result
+        if len(results) != len(eqn.inputs):
+            raise TypeError(
+                f"the rule of '{eqn.primitive}' returned {len(results)} cotangents for "
+                f"{len(eqn.inputs)} operands (called at {eqn.source}): return one per operand"
+            )
+        return [
+            fit(ct, aval, eqn) if a and ct is not None else None
+            for ct, aval, a in zip(results, eqn.in_avals, active, strict=True)
+        ]
+
+
+def fit(ct, aval, eqn: Equation):
+    """Sum a cotangent over the axes along which its operand was broadcast; check its type."""
+    wanted = cotangent_aval(aval)
+    if np.shape(ct) != wanted.shape:
+        shape = np.shape(ct)
+        if not wanted.shape:
+            ct = lax.reduce_sum(ct, tuple(range(len(shape))))
+        elif len(shape) == len(wanted.shape) and all(
+            m in (n, 1) for n, m in zip(shape, wanted.shape, strict=True)
+        ):
+            pairs = zip(shape, wanted.shape, strict=True)
+            axes = tuple(i for i, (n, m) in enumerate(pairs) if n != m)
+            ct = lax.expand_dims(lax.reduce_sum(ct, axes), axes)
+    if np.shape(ct) != wanted.shape or jax.dtypes.result_type(ct) != wanted.dtype:
+        raise TypeError(
+            f"the rule of '{eqn.primitive}' returned a cotangent of type "
+            f"{type_of(ct).str_short()} for an operand of type {wanted.str_short()} (called at "
+            f"{eqn.source}): a cotangent has the shape and dtype of its operand"
+        )
+    return ct
+
+
+class Rules:
+    """A choice of rules: the table, with what to do about primitives that are not in it."""
+
+    def __init__(self, strict: bool = False):
+        self.strict = strict
+
+    def of(self, eqn: Equation) -> Rule:
+        """The rule for an equation.
+
+        Raises:
+          MissingRule: when strict and the primitive has no hand-written rule.
+        """
+        rule = TABLE.get(eqn.primitive)
+        if rule is not None:
+            return rule
+        if self.strict and any(is_inexact(aval) for aval in eqn.out_avals):
+            raise MissingRule(
+                f"no backward rule for primitive '{eqn.primitive}', called at {eqn.source}: "
+                f'write one with @fb.defrule("{eqn.primitive}"), or pass strict=False to derive '
+                "it from the primitive's forward-mode rule"
+            )
+        return DERIVED[0]
+
+
+TABLE: dict[Primitive, Rule] = {}
+ABSENT: dict[str, Rule] = {}  # rows for primitives that this release of JAX does not have
+DERIVED: list[Rule] = []  # the rule for all others, put here by `fbackprop.rules.derived`
+
+
+def register(key: str | Primitive, rule: Rule) -> Rule:
+    """Enter a rule into the table; a second row for the same primitive is an error."""
+    found = primitive(key) if isinstance(key, str) else key
+    table: dict = ABSENT if found is None else TABLE
+    if (found or key) in table:
+        raise ValueError(f"primitive '{key}' already has a rule: one row per primitive")
+    table[found or key] = rule
+    return rule
+
+
+def row(name: str, *pullbacks: Callable | None) -> None:
+    """One row of the library's own table: a pullback per operand, None where there is none."""
+    register(name, LocalRule(pullbacks))
+
+
+def joint(name: str):
+    """Decorator for a row whose one function returns the cotangents of all operands."""
+
+    def enter(function):
+        register(name, LocalRule([function], joint=True))
+        return function
+
+    return enter
+
+
+def zero(*names: str) -> None:
+    """Rows of primitives without a derivative."""
+    for name in names:
+        register(name, ZeroRule())
+
+
+def defrule(name: str | Primitive):
+    """Give a primitive its backward rule.
+
+    The decorated function receives the cotangent and whatever it names of the forward pass, and
+    returns the cotangent of every operand: one value for a primitive of one operand, a tuple
+    otherwise, None where an operand has no derivative. Its parameters are chosen by name:
+
+    - ``ct``: cotangent of the result; ``cts``: a tuple of them, for several results;
+    - ``x``, ``y``, ``z``: the first three operands; ``xs``: all of them;
+    - ``out``, ``outs``: the result or results;
+    - ``eqn``: the equation, with ``eqn.params``, ``eqn.in_avals`` and ``eqn.out_avals``.
+
+    Only what is named is kept from the forward pass. A cotangent has the shape and dtype of its
+    operand; axes of size one along which the primitive broadcast are summed by the engine.
+
+    Args:
+      name: the primitive (a `jax.extend.core.Primitive`), or its name as printed in a jaxpr.
+
+    Returns:
+      A decorator; it gives the function back unchanged.
+
+    Raises:
+      ValueError: if this JAX has no primitive of that name, or if it has a rule already.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, fbackprop as fb
+      >>> from jax.extend.core import Primitive
+      >>> twice = Primitive("twice")
+      >>> _ = twice.def_impl(lambda x: 2 * x)
+      >>> _ = twice.def_abstract_eval(lambda x: x)
+      >>> @fb.defrule(twice)
+      ... def twice_rule(ct):
+      ...     return 2 * ct
+      >>> float(fb.grad(twice.bind)(3.0))
+      2.0
+    """
+    if isinstance(name, str) and primitive(name) is None:
+        raise ValueError(
+            f"this JAX ({jax.__version__}) has no primitive called '{name}': use the name that "
+            "jax.make_jaxpr prints, or pass the primitive itself"
+        )
+
+    def enter(function):
+        register(name, LocalRule([function], joint=True))
+        return function
+
+    return enter
