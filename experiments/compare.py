@@ -38,7 +38,7 @@ class Defaults(NamedTuple):
 
 DEFAULTS: dict[str, Defaults] = {
     "digits": Defaults(1000, 32, 2048, 20, {"sgd": 0.3, "momentum": 0.03, "adam": 1e-3}),
-    "animals": Defaults(100, 64, 2048, 20, {"sgd": 0.1, "momentum": 0.01, "adam": 1e-3}),
+    "animals": Defaults(300, 64, 1024, 10, {"sgd": 0.1, "momentum": 0.01, "adam": 1e-3}),
     "mazur": Defaults(1000, 1, 1, 20, {"sgd": 50.0, "momentum": 0.5, "adam": 0.3}),
     "autoencoder": Defaults(2000, 32, 2048, 50, {"sgd": 0.03, "momentum": 0.01, "adam": 1e-3}),
 }

@@ -17,10 +17,16 @@ from experiments.training import MethodName, Record
 
 # Okabe and Ito's colours are told apart with any colour vision; the dashes help in print.
 STYLES: dict[MethodName, dict[str, Any]] = {
-    "sgd": {"color": "#E69F00", "linestyle": (0, (1, 1))},
-    "momentum": {"color": "#009E73", "linestyle": (0, (4, 1.5))},
-    "adam": {"color": "#0072B2", "linestyle": (0, (4, 1.5, 1, 1.5))},
-    "gauss-newton": {"color": "#D55E00", "linestyle": "-", "marker": "o", "markersize": 2.5},
+    "sgd": {"label": "SGD", "color": "#E69F00", "linestyle": (0, (1, 1))},
+    "momentum": {"label": "momentum", "color": "#009E73", "linestyle": (0, (4, 1.5))},
+    "adam": {"label": "Adam", "color": "#0072B2", "linestyle": (0, (4, 1.5, 1, 1.5))},
+    "gauss-newton": {
+        "label": "Gauss–Newton",
+        "color": "#D55E00",
+        "linestyle": "-",
+        "marker": "o",
+        "markersize": 2.5,
+    },
 }
 AXES = {
     "step": "steps",
@@ -170,9 +176,7 @@ def _draw(panel: Any, records: Sequence[Record], axis: str, quantity: str) -> No
         own = [record for record in records if record.method == method and record.step]
         if own:
             across = [getattr(record, axis) for record in own]
-            panel.plot(
-                across, [getattr(r, quantity) for r in own], label=method, linewidth=1.3, **style
-            )
+            panel.plot(across, [getattr(r, quantity) for r in own], linewidth=1.3, **style)
 
 
 def _frame_scores(panel: Any, records: Sequence[Record], score_name: str) -> None:

@@ -201,7 +201,7 @@ def train(
     started = time.perf_counter()
     # Compiled ahead, so that the seconds of the curves are those of training.
     move = jax.jit(advance).lower(state, *train_part, order, jnp.int32(0)).compile()
-    jax.block_until_ready(move(state, *train_part, order, jnp.int32(0)))  # the first call is slow
+    jax.block_until_ready(move(state, *train_part, order, jnp.int32(1)))  # the first call is slow
     compile_seconds = time.perf_counter() - started
 
     def progress(state: State, seconds: float) -> Progress:

@@ -286,13 +286,13 @@ def _trust_region_step(
 
     Its damping is the root of the secular equation φ(λ) = ‖z(λ)‖ − Δ, found by Newton's iteration
     on a function that is nearly linear in λ, 1/‖z(λ)‖, safeguarded by bounds: Moré (1978), sec. 5
-    (algorithm 5.5). Two trials are usual.
+    (algorithm 5.5). The first trial is the Gauss–Newton step, and two or three are usual.
 
     Args:
         triangle: R D⁻¹, (P, P); may be singular.
         projected: Qᵀr, (P,).
         radius: Δ, ().
-        guess: the damping to try first, ().
+        guess: the damping to try first where the Gauss–Newton step is too long, ().
 
     Returns:
         The step (P,), its length () and its damping (), which is 0 for the Gauss–Newton step.
@@ -310,44 +310,49 @@ def _trust_region_step(
         rate = jnp.sum(solve_triangular(root, step / length, trans="T") ** 2)
         return step, length, rate
 
-    def between(lower: jax.Array, upper: jax.Array) -> jax.Array:
-        return jnp.maximum(jnp.maximum(1e-3 * upper, tiny), jnp.sqrt(lower) * jnp.sqrt(upper))
-
     def searching(search: _Search) -> jax.Array:
         return ~search.done
 
     def newton(search: _Search) -> _Search:
-        damping = search.candidate
+        damping, first = search.candidate, search.trials == 0
         step, length, rate = solve(damping)
         excess, previous = length - radius, search.length - radius
-        fills = jnp.abs(excess) <= 0.1 * radius
-        # A singular Jacobian's undamped step may stay within the region: there is no root then, and
-        # the lengths of the trials approach the undamped one's from below.
-        inside = (search.lower == 0) & (excess <= previous) & (previous < 0)
-        lower = jnp.where(excess > 0, jnp.maximum(search.lower, damping), search.lower)
+        corrected = damping + excess / (radius * rate)
+        # Newton's iterate from λ = 0 lies left of the root; later ones, scaled by ‖z‖/Δ, may not.
+        beyond = jnp.where(first & jnp.isfinite(corrected), corrected, damping)
+        lower = jnp.where(excess > 0, jnp.maximum(search.lower, beyond), search.lower)
         upper = jnp.where(excess < 0, jnp.minimum(search.upper, damping), search.upper)
-        corrected = jnp.maximum(lower, damping + excess / (radius * rate))
-        candidate = jnp.where(
-            jnp.isfinite(corrected) & (corrected > 0), corrected, between(lower, upper)
-        )
-        trials = search.trials + 1
-        done = fills | inside | (trials == 10)
-        return _Search(step, length, damping, candidate, lower, upper, trials, done)
+        candidate = jnp.where(first, jnp.clip(guess, lower, upper), jnp.maximum(lower, corrected))
+        usable = jnp.isfinite(candidate) & (candidate > 0)
+        geometric = jnp.sqrt(lower) * jnp.sqrt(upper)
+        fallback = jnp.maximum(jnp.maximum(1e-3 * upper, tiny), geometric)
 
-    step, length, rate = solve(jnp.zeros_like(radius))
-    lower = (length - radius) / (radius * rate)
-    lower = jnp.where(jnp.isfinite(lower), lower, 0.0)
-    upper = jnp.maximum(jnp.linalg.norm(triangle.T @ projected) / radius, tiny)
-    candidate = jnp.clip(guess, lower, upper)
+        # Undamped, anything inside the region will do. A singular Jacobian's shortest undamped
+        # step may be inside too: then there is no root, and trials approach that step from below.
+        fills = (excess <= 0.1 * radius) & (first | (excess >= -0.1 * radius))
+        inside = (lower == 0) & (excess <= previous) & (previous < 0)
+        trials = search.trials + 1
+        return _Search(
+            step=step,
+            length=length,
+            damping=damping,
+            candidate=jnp.where(usable, candidate, fallback),
+            lower=lower,
+            upper=upper,
+            trials=trials,
+            done=fills | inside | (trials == 11),
+        )
+
+    zero = jnp.zeros_like(radius)
     search = _Search(
-        step=step,
-        length=length,
-        damping=jnp.zeros_like(radius),
-        candidate=jnp.where(candidate > 0, candidate, between(lower, upper)),
-        lower=lower,
-        upper=upper,
+        step=jnp.zeros_like(projected),
+        length=jnp.full_like(radius, jnp.inf),
+        damping=zero,
+        candidate=zero,
+        lower=zero,
+        upper=jnp.maximum(jnp.linalg.norm(triangle.T @ projected) / radius, tiny),
         trials=jnp.zeros((), jnp.int32),
-        done=length - radius <= 0.1 * radius,
+        done=jnp.zeros((), bool),
     )
     search = lax.while_loop(searching, newton, search)
     return search.step, search.length, search.damping

@@ -381,9 +381,12 @@ def lstm(
         input_key, recurrent_key, output_key = jax.random.split(key, 3)
         layer = _init_dense(input_key, inputs, 4 * hidden, kernel_init, dtype)
         layer["bias"] = layer["bias"].at[hidden : 2 * hidden].set(1)
+        # Orthogonal matrices come of a QR factorisation, which half precision does not have.
+        precise = jnp.promote_types(dtype, jnp.float32)
+        recurrent = recurrent_init(recurrent_key, (hidden, 4 * hidden), precise).astype(dtype)
         return {
             "input": layer,
-            "recurrent": recurrent_init(recurrent_key, (hidden, 4 * hidden), dtype),
+            "recurrent": recurrent,
             "output": _init_dense(output_key, hidden, outputs, kernel_init, dtype),
         }
 

@@ -224,11 +224,16 @@ def trace_function(f: Callable, leaves: Sequence, structure, has_aux: bool) -> T
     args = jax.tree.unflatten(structure, leaves)
     info = api_util.debug_info("vjp", f, args, {})
     wrapped = linear_util.wrap_init(flat, debug_info=info)
-    avals = [type_of(x) for x in leaves]
-    jaxpr, _, constants = partial_eval.trace_to_jaxpr_dynamic(wrapped, avals)
-    program = Program(
-        (*jaxpr.constvars, *jaxpr.invars), (), map(Equation, jaxpr.eqns), jaxpr.outvars
-    )
+    try:
+        avals = [type_of(x) for x in leaves]
+        jaxpr, _, constants = partial_eval.trace_to_jaxpr_dynamic(wrapped, avals)
+    except _LOOKED_AT_VALUES:
+        if all(core.to_concrete_value(x) is None for x in leaves):
+            raise
+        program, constants = _watch(flat, leaves)
+    else:
+        inputs = (*jaxpr.constvars, *jaxpr.invars)
+        program = Program(inputs, (), map(Equation, jaxpr.eqns), jaxpr.outvars)
     # Auxiliary leaves that do not depend on the trace (numbers, strings) are passed by.
     aux_template = [None if isinstance(x, core.Tracer) else x for x in aux_leaves]
     traced_aux = [isinstance(x, core.Tracer) for x in aux_leaves]
@@ -247,6 +252,115 @@ def trace_function(f: Callable, leaves: Sequence, structure, has_aux: bool) -> T
         )
 
     return TracedFunction(program, list(constants), out_structure, unflatten)
+
+
+# --- tracing functions that look at values -------------------------------------------------------
+#
+# Outside of `jit` a differentiated function may branch on its arguments' values, as under
+# `jax.grad`. Such a function cannot be traced with abstract arguments. It is run once more with
+# tracers that know their value and note what is applied to them.
+
+_LOOKED_AT_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+class _Watched(core.Tracer):
+    """A tracer with a value. Only differentiable values are watched, others are plain."""
+
+    __slots__ = ("variable", "value")
+
+    def __init__(self, trace, variable, value):
+        super().__init__(trace, variable.aval)
+        self.variable = variable
+        self.value = value
+
+    def to_concrete_value(self):
+        return core.to_concrete_value(self.value)
+
+    def full_lower(self):
+        return self
+
+
+class _WatchingTrace(core.Trace):
+    """Runs what it is given in the surrounding trace, and notes the equations."""
+
+    def __init__(self, parent):
+        super().__init__()
+        self.parent = parent
+        self.equations: list[Equation] = []
+        self.constants: list[tuple[Var, Any]] = []
+
+    def _is_mine(self, x) -> bool:
+        return isinstance(x, _Watched) and x._trace is self
+
+    def _apply(self, function, args):
+        """Trace one application, run its equations, and note them under our variables."""
+        values = [x.value if self._is_mine(x) else x for x in args]
+        with core.set_current_trace(self.parent):
+            if not any(map(self._is_mine, args)):
+                return function(*values)
+            one = trace_jaxpr(lambda *xs: _as_list(function(*xs)), [type_of(v) for v in values])
+            env = dict(zip(one.jaxpr.constvars, getattr(one, "consts", ()), strict=True))
+            env.update(zip(one.jaxpr.invars, values, strict=True))
+            names = dict(zip(one.jaxpr.invars, map(self._variable, args), strict=True))
+            self.constants += zip(one.jaxpr.constvars, getattr(one, "consts", ()), strict=True)
+            for eqn in one.jaxpr.eqns:
+                here = [names.get(v, v) if isinstance(v, Var) else v for v in eqn.invars]
+                outs = Equation(eqn).bind(*(read(env, v) for v in eqn.invars))
+                env.update(zip(eqn.outvars, outs, strict=True))
+                self.equations.append(Equation(eqn.replace(invars=here)))
+        return [
+            _Watched(self, names.get(v, v), env[v])
+            if isinstance(v, Var) and is_inexact(v.aval)
+            else read(env, v)
+            for v in one.jaxpr.outvars
+        ]
+
+    def _variable(self, x) -> Var:
+        if self._is_mine(x):
+            return x.variable
+        variable = core.Var(type_of(x))
+        self.constants.append((variable, x))
+        return variable
+
+    def process_primitive(self, primitive, args, params, /):
+        outs = self._apply(lambda *xs: primitive.bind(*xs, **params), args)
+        if not any(map(self._is_mine, args)) or primitive.multiple_results:
+            return outs
+        return outs[0]
+
+    def process_custom_jvp_call(self, primitive, fun, jvp, args, /, **params):
+        return self._apply(lambda *xs: primitive.bind(*xs, subfuns=(fun, jvp), **params), args)
+
+    def process_custom_vjp_call(self, primitive, fun, fwd, bwd, args, /, **params):
+        subfuns = (fun, fwd, bwd)
+        return self._apply(lambda *xs: primitive.bind(*xs, subfuns=subfuns, **params), args)
+
+
+def _as_list(out) -> list:
+    return list(out) if isinstance(out, list | tuple) else [out]
+
+
+def _watch(flat: Callable, leaves: Sequence) -> tuple[Program, list]:
+    """Run `flat` on values and return it as a program of constants and leaves."""
+    with core.take_current_trace() as parent:
+        trace = _WatchingTrace(parent)
+        variables = [core.Var(type_of(x)) for x in leaves]
+        watched = [
+            _Watched(trace, v, x) if is_inexact(v.aval) else x
+            for v, x in zip(variables, leaves, strict=True)
+        ]
+        with core.set_current_trace(trace):
+            outs = flat(*watched)
+        outputs = [trace._variable(x) for x in outs]
+    names, constants = [v for v, _ in trace.constants], [x for _, x in trace.constants]
+    return Program((*names, *variables), (), trace.equations, outputs), constants
+
+
+source_info_util.register_exclusion(__file__)
 
 
 def prune(jaxpr, keep: Sequence[bool]):
@@ -305,8 +419,14 @@ def float0_zeros(shape) -> np.ndarray:
     return np.zeros(shape, dtype=float0)
 
 
-def is_concrete(value) -> bool:
-    return not isinstance(value, core.Tracer)
+def as_array(x) -> jax.Array:
+    """A number or NumPy array as a JAX array of the same type; weakly typed if it was.
+
+    Raises:
+      TypeError: for what is not an array.
+    """
+    type_of(x)  # a plain error for strings and other objects
+    return x if isinstance(x, jax.Array) else jax.numpy.asarray(x)
 
 
 # --- parameters of control-flow and custom-rule equations ---------------------------------------
@@ -390,7 +510,7 @@ def _primitives_by_name() -> dict[str, Primitive]:
     from jax.extend.core import primitives
 
     modules: Iterable = (
-        primitives, lax, slicing, special, windowed_reductions, control_flow, parallel,
+        primitives, core, lax, slicing, special, windowed_reductions, control_flow, parallel,
         ad_checkpoint, pjit, ad_util,
     )  # fmt: skip
     found = (v for module in modules for v in vars(module).values() if isinstance(v, Primitive))

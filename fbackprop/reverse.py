@@ -15,6 +15,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from fbackprop import rules as _  # noqa: F401  (fills the table)
 from fbackprop.program import (
     Program,
+    as_array,
     cotangent_aval,
     float0_zeros,
     is_inexact,
@@ -60,6 +61,7 @@ def vjp(f: Callable, *primals, has_aux: bool = False, strict: bool = False):
     if not callable(f):
         raise TypeError(f"vjp differentiates functions, but its first argument is {f!r}")
     leaves, structure = jax.tree.flatten(primals)
+    leaves = [as_array(x) for x in leaves]
     traced = trace_function(f, leaves, structure, has_aux)
     inputs = [*traced.constants, *leaves]
     active = (False,) * len(traced.constants) + tuple(is_inexact(type_of(x)) for x in leaves)
@@ -108,9 +110,8 @@ class _Sweep(NamedTuple):
                     f"{got.str_short()}, but expected {aval.str_short()} because the "
                     "corresponding output of the function has that shape and tangent dtype"
                 )
-        return [
-            leaf if is_inexact(aval) else None for leaf, aval in zip(leaves, expected, strict=True)
-        ]
+        pairs = zip(leaves, expected, strict=True)
+        return [as_array(leaf) if is_inexact(aval) else None for leaf, aval in pairs]
 
 
 def _instantiate(ct, aval):
@@ -212,7 +213,7 @@ def value_and_grad(
         of_chosen = functools.wraps(f, assigned=_NAMES, updated=())(of_chosen)
         value, pullback, *aux = vjp(of_chosen, *primals, has_aux=has_aux, strict=strict)
         _check_output(value, holomorphic)
-        gradients = pullback(lax.full_like(value, 1))
+        gradients = pullback(lax.full_like(as_array(value), 1))
         return ((value, *aux) if has_aux else value), (gradients if several else gradients[0])
 
     return both

@@ -17,10 +17,8 @@ def naive_squared_error(prediction, target):
 
 
 def naive_softmax_cross_entropy(logits, distribution):
-    total = 0.0
-    for z, t in zip(
-        logits.reshape(-1, logits.shape[-1]), distribution.reshape(-1, logits.shape[-1])
-    ):
+    classes, total = logits.shape[-1], 0.0
+    for z, t in zip(logits.reshape(-1, classes), distribution.reshape(-1, classes), strict=True):
         total -= sum(t * np.log(np.exp(z) / np.exp(z).sum()))
     return total
 

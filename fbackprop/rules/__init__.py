@@ -2,6 +2,7 @@
 
 from fbackprop.rules import (  # noqa: F401
     calls,
+    collectives,
     derived,
     elementwise,
     indexing,

@@ -19,7 +19,8 @@ from fbackprop.program import (
     trace,
 )
 from fbackprop.split import Split, nonzero, spread
-from fbackprop.table import DERIVED, Rule, Rules, register
+from fbackprop.sweep import activity
+from fbackprop.table import DERIVED, MissingRule, Rule, Rules, register
 
 
 def tangent_program(eqn: Equation, active):
@@ -49,6 +50,8 @@ def tangent_program(eqn: Equation, active):
 def _split(eqn: Equation, rules: Rules, active) -> Split:
     program, carries = tangent_program(eqn, active)
     n_in, n_tangents = len(eqn.inputs), sum(active)
+    if eqn.primitive.name != "custom_jvp_call":
+        _refuse_circles(eqn, rules, program, n_in)
     n_out, n_moving = len(eqn.outputs), sum(carries)
     tangents = (False,) * n_in + (True,) * n_tangents
     return Split(
@@ -60,6 +63,19 @@ def _split(eqn: Equation, rules: Rules, active) -> Split:
         unknown_inputs=tangents,
         computed_outputs=(True,) * n_out + (False,) * n_moving,
     )
+
+
+def _refuse_circles(eqn, rules, program, n_in):
+    """A linear primitive is its own tangent program: deriving its rule would never end."""
+    tangents = tuple(i >= n_in for i in range(len(program.inputs)))
+    steps = activity(program, rules, tangents).steps
+    for e, active in zip(program.equations, steps, strict=True):
+        if active is not None and e.primitive is eqn.primitive:
+            raise MissingRule(
+                f"no backward rule for primitive '{eqn.primitive}', called at {eqn.source}, and "
+                "none can be derived, since its forward-mode rule uses the primitive itself: "
+                f'write one with @fb.defrule("{eqn.primitive}")'
+            )
 
 
 class Derived(Rule):

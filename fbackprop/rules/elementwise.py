@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from fbackprop.program import primitive
-from fbackprop.table import joint, row, zero
+from fbackprop.table import fit, joint, row, zero
 
 # --- arithmetic ---------------------------------------------------------------------------------
 
@@ -45,11 +45,15 @@ row(
     lambda ct, y, eqn: like(lax.mul(*same_dtype(ct, y)), eqn.in_avals[0]),
     lambda ct, x, eqn: like(lax.mul(*same_dtype(x, ct)), eqn.in_avals[1]),
 )
-row(
-    "div",
-    lambda ct, y: lax.div(ct, y),
-    lambda ct, x, y: lax.mul(lax.mul(lax.neg(ct), x), lax.integer_pow(y, -2)),
-)
+
+
+def _denominator(ct, x, y, eqn):
+    # A denominator is often smaller than its numerator (a softmax's sum): sum first, then scale.
+    total = fit(lax.mul(ct, x), eqn.in_avals[1], eqn)
+    return lax.neg(lax.mul(total, lax.integer_pow(y, -2)))
+
+
+row("div", lambda ct, y: lax.div(ct, y), _denominator)
 row(
     "rem",
     lambda ct: ct,

@@ -81,7 +81,9 @@ def test_a_run_leaves_files_that_parse(options, tmp_path, few_animals, capsys):
     assert "gradient-equivalents" in capsys.readouterr().out
 
 
-def test_the_seed_decides_everything_but_the_seconds(tmp_path):
+def test_the_seed_decides_everything_but_the_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "plot", lambda *arguments: None)  # slow, and not what is tested
+
     def curves(folder, *options):
         run(tmp_path / folder, "--budget", "1", "--methods", "adam", *options)
         return [dict(row, seconds="") for row in read(tmp_path / folder / "run")]
