@@ -60,7 +60,7 @@ class GradientReport:
 
     def __str__(self) -> str:
         head = ("argument", "shape", "dtype", "|Δ| jax", "rel jax", "|Δ| diff", "rel diff", "")
-        cells = [head]
+        cells: list[tuple[str, ...]] = [head]
         for r in self.rows:
             errors = (r.max_abs_error, r.max_rel_error, r.fd_abs_error, r.fd_rel_error)
             numbers = ["-" if math.isnan(e) else f"{e:.1e}" for e in errors]
@@ -176,13 +176,9 @@ def _errors(ours, theirs, whole=None) -> tuple[float, float]:
 
 def _central_differences(loss, at, samples, rng):
     """For each leaf, some coordinates and the slopes of `loss` along them, in float64."""
-    chosen = [
-        np.sort(rng.choice(x.size, size=min(samples, x.size), replace=False)) for x in at
-    ]
+    chosen = [np.sort(rng.choice(x.size, size=min(samples, x.size), replace=False)) for x in at]
     with jax.enable_x64(True):
-        wide = [
-            np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64) for x in at
-        ]
+        wide = [np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64) for x in at]
         try:
             evaluate = jax.jit(loss)
             evaluate(wide)

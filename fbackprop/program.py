@@ -204,7 +204,8 @@ class TracedFunction(NamedTuple):
 
 def trace_function(f: Callable, leaves: Sequence, structure, has_aux: bool) -> TracedFunction:
     """Trace `f`, called on the pytree of arguments with these leaves."""
-    out_structure = aux_structure = None
+    out_structure: Any = None
+    aux_structure: Any = None
     aux_leaves: list = []
 
     def flat(*leaves):
@@ -219,6 +220,8 @@ def trace_function(f: Callable, leaves: Sequence, structure, has_aux: bool) -> T
             out, aux = out
         out_leaves, out_structure = jax.tree.flatten(out)
         aux_leaves, aux_structure = jax.tree.flatten(aux)
+        for leaf in out_leaves:
+            type_of(leaf)  # a plain error for what is no array
         return [*out_leaves, *(x for x in aux_leaves if isinstance(x, core.Tracer))]
 
     args = jax.tree.unflatten(structure, leaves)
@@ -498,9 +501,14 @@ def custom_vjp_halves(eqn: Equation, perturbed: Sequence[bool]):
 # --- primitives ----------------------------------------------------------------------------------
 
 
-def primitive(name: str) -> Primitive | None:
+def find_primitive(name: str) -> Primitive | None:
     """The JAX primitive called `name`, or None where this JAX does not have it."""
     return _primitives_by_name().get(name)
+
+
+def primitive(name: str) -> Primitive:
+    """The JAX primitive called `name`, for rules that apply it."""
+    return _primitives_by_name()[name]
 
 
 @functools.cache

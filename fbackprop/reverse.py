@@ -186,7 +186,7 @@ def value_and_grad(
         raise TypeError(f"grad differentiates functions, but its first argument is {f!r}")
     several = not isinstance(argnums, int)
     try:
-        chosen = tuple(map(operator.index, argnums if several else (argnums,)))
+        chosen = [operator.index(i) for i in ([argnums] if isinstance(argnums, int) else argnums)]
     except TypeError:
         raise TypeError(f"argnums must be an int or a sequence of ints, got {argnums!r}") from None
 

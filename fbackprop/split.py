@@ -127,7 +127,7 @@ class Split:
 
     def gather(self, inputs: Sequence, outputs: Sequence, extras: Sequence) -> list:
         """The kept values, from the values that the forward half was given and returned."""
-        sources = {"input": inputs, "output": outputs, "extra": extras}
+        sources: dict = {"input": inputs, "output": outputs, "extra": extras}
         invariants = [v for place, v in self.places if place == "invariant"]
         if invariants:
             steps = steps_between(self._body, self._body.inputs, invariants)

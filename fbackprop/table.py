@@ -31,7 +31,7 @@ from fbackprop.program import (
     Primitive,
     cotangent_aval,
     is_inexact,
-    primitive,
+    find_primitive,
     type_of,
     zeros,
 )
@@ -187,7 +187,7 @@ DERIVED: list[Rule] = []  # the rule for all others, put here by `fbackprop.rule
 
 def register(key: str | Primitive, rule: Rule) -> Rule:
     """Enter a rule into the table; a second row for the same primitive is an error."""
-    found = primitive(key) if isinstance(key, str) else key
+    found = find_primitive(key) if isinstance(key, str) else key
     table: dict = ABSENT if found is None else TABLE
     if (found or key) in table:
         raise ValueError(f"primitive '{key}' already has a rule: one row per primitive")
@@ -252,7 +252,7 @@ def defrule(name: str | Primitive):
       >>> float(fb.grad(twice.bind)(3.0))
       2.0
     """
-    if isinstance(name, str) and primitive(name) is None:
+    if isinstance(name, str) and find_primitive(name) is None:
         raise ValueError(
             f"this JAX ({jax.__version__}) has no primitive called '{name}': use the name that "
             "jax.make_jaxpr prints, or pass the primitive itself"

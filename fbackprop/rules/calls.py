@@ -56,9 +56,7 @@ class Jit(Rule):
         split = _split(program_of(eqn.params["jaxpr"]), rules, active)
         half = split.backward(nonzero(cts))
         values = [*kept, *(ct for ct in cts if ct is not None)]
-        return spread(
-            call(eqn, half.jaxpr, eqn.params["name"] + "_pullback", values), half.reached
-        )
+        return spread(call(eqn, half.jaxpr, eqn.params["name"] + "_pullback", values), half.reached)
 
 
 class Inline(Rule):

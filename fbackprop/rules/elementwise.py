@@ -156,9 +156,7 @@ row(
     lambda ct, out: lax.mul(scale(ct, np.sqrt(np.pi) / 2), lax.exp(lax.square(out))),
 )
 row("lgamma", lambda ct, x: lax.mul(ct, lax.digamma(x)))
-row(
-    "digamma", lambda ct, x: lax.mul(ct, lax.polygamma(lax.full_like(x, 1), x))
-)
+row("digamma", lambda ct, x: lax.mul(ct, lax.polygamma(lax.full_like(x, 1), x)))
 
 # --- kinks ----------------------------------------------------------------------------------------
 

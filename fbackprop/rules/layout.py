@@ -19,9 +19,7 @@ row("transpose", lambda ct, eqn: lax.transpose(ct, np.argsort(eqn.params["permut
 def _broadcast_in_dim(ct, eqn):
     aval, dims = eqn.in_avals[0], eqn.params["broadcast_dimensions"]
     # Axes that are new, and axes of size one that were stretched.
-    stretched = [
-        d for d, n in zip(dims, aval.shape, strict=True) if n == 1 and ct.shape[d] != 1
-    ]
+    stretched = [d for d, n in zip(dims, aval.shape, strict=True) if n == 1 and ct.shape[d] != 1]
     new = [d for d in range(ct.ndim) if d not in dims]
     summed = lax.reduce_sum(ct, tuple(new + stretched))
     ct = lax.reshape(summed, aval.shape) if stretched else summed
@@ -62,9 +60,7 @@ def _pad_operand(ct, eqn):
 
 def _pad_value(ct, eqn):
     every = tuple(range(ct.ndim))
-    return lax.sub(
-        lax.reduce_sum(ct, every), lax.reduce_sum(_pad_operand(ct, eqn), every)
-    )
+    return lax.sub(lax.reduce_sum(ct, every), lax.reduce_sum(_pad_operand(ct, eqn), every))
 
 
 row("pad", _pad_operand, _pad_value)

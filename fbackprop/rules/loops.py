@@ -92,8 +92,7 @@ class Scan(Rule):
         const_avals, carry_avals, _ = _groups(split.program.in_avals, n_consts, n_carry)
 
         fixed = [
-            place == "invariant" or (place == "input" and i < n_consts)
-            for place, i in split.places
+            place == "invariant" or (place == "input" and i < n_consts) for place, i in split.places
         ]
         constants = [k for k, f in zip(kept, fixed, strict=True) if f]
         stacked = [k for k, f in zip(kept, fixed, strict=True) if not f]
@@ -104,9 +103,7 @@ class Scan(Rule):
             pieces = iter(stacked), iter(constants)
             values = [next(pieces[f]) for f in fixed]
             found = evaluate(program_of(half.jaxpr), [*values, *carry_cts, *ys_cts])
-            consts_ct, carry_ct, xs_ct = _groups(
-                spread(found, half.reached), n_consts, n_carry
-            )
+            consts_ct, carry_ct, xs_ct = _groups(spread(found, half.reached), n_consts, n_carry)
             carry_ct = [
                 zeros(aval) if ct is None else ct
                 for ct, aval, a in zip(carry_ct, carry_avals, live_carry, strict=True)

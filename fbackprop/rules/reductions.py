@@ -61,6 +61,7 @@ def _products_before(x, axis, reverse=False):
 
 # --- cumulative operations ----------------------------------------------------------------------
 
+
 def _pull(function, x, ct):
     """Sweep a function of one array, written in rules of this table."""
     program = trace(lambda x: [function(x)], [type_of(x)])

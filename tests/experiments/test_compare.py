@@ -54,13 +54,12 @@ def few_animals(tmp_path):
     [
         ["--dataset", "digits", "--budget", "2"],
         ["--dataset", "digits", "--network", "convnet", "--budget", "0.2", "--methods", "adam"],
-        ["--dataset", "digits", "--network", "resnet", "--budget", "0.2", "--methods", "momentum"],
         ["--dataset", "animals", "--budget", "2", "--methods", "sgd"],
         ["--dataset", "mazur", "--budget", "20"],
         ["--dataset", "autoencoder", "--budget", "2", "--methods", "adam", "gauss-newton"],
         ["--dataset", "autoencoder", "--images", "animals", "--budget", "2", "--methods", "adam"],
     ],
-    ids=["digits", "convnet", "resnet", "animals", "mazur", "autoencoder", "animals autoencoder"],
+    ids=["digits", "convnet", "animals", "mazur", "autoencoder", "animals autoencoder"],
 )
 def test_a_run_leaves_files_that_parse(options, tmp_path, few_animals, capsys):
     status, folder = run(tmp_path, *options, *few_animals)
