@@ -27,7 +27,11 @@ from experiments.training import Method, MethodName, Record, Status
 
 
 class Defaults(NamedTuple):
-    """What suits a data set; the rates are the best of a coarse grid at this budget."""
+    """What suits a task.
+
+    The learning rates were sought on a grid of factors of about three at this budget or a part of
+    it: the best training loss, one notch below where a larger rate diverged.
+    """
 
     budget: float
     batch_size: int
@@ -36,12 +40,25 @@ class Defaults(NamedTuple):
     rates: dict[str, float]
 
 
+_RATES = {"sgd": 0.3, "momentum": 0.03, "adam": 1e-3}
+_LOWER_RATES = {"sgd": 0.1, "momentum": 0.01, "adam": 1e-3}
+
 DEFAULTS: dict[str, Defaults] = {
-    "digits": Defaults(1000, 32, 2048, 20, {"sgd": 0.3, "momentum": 0.03, "adam": 1e-3}),
-    "animals": Defaults(300, 64, 1024, 10, {"sgd": 0.1, "momentum": 0.01, "adam": 1e-3}),
+    "digits-mlp": Defaults(1000, 32, 2048, 20, _RATES),
+    "digits-convnet": Defaults(200, 32, 256, 20, _RATES | {"adam": 3e-3}),
+    "digits-resnet": Defaults(60, 32, 256, 10, _RATES | {"adam": 3e-3}),
+    "animals-mlp": Defaults(300, 64, 1024, 10, _LOWER_RATES),
+    "animals-convnet": Defaults(15, 64, 256, 10, _LOWER_RATES),
+    "animals-resnet": Defaults(5, 64, 256, 10, _LOWER_RATES),
     "mazur": Defaults(1000, 1, 1, 20, {"sgd": 50.0, "momentum": 0.5, "adam": 0.3}),
-    "autoencoder": Defaults(2000, 32, 2048, 50, {"sgd": 0.03, "momentum": 0.01, "adam": 1e-3}),
+    "digits-autoencoder": Defaults(
+        4000, 32, 512, 50, {"sgd": 0.03, "momentum": 0.01, "adam": 1e-3}
+    ),
+    "animals-autoencoder": Defaults(
+        100, 64, 256, 30, {"sgd": 3e-3, "momentum": 1e-3, "adam": 1e-3}
+    ),
 }
+"""By the name of the task. Convolutions are slow on a CPU, so their budgets are small."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +99,13 @@ class Settings:
     """Write into a folder that holds a run already."""
 
 
-def resolve(settings: Settings) -> Settings:
-    """The settings with the data set's defaults filled in, the learning rates excepted.
+def resolve(settings: Settings, task_name: str) -> Settings:
+    """The settings with the task's defaults filled in, the learning rates excepted.
 
     Raises:
         UsageError: a number is out of its range.
     """
-    defaults = DEFAULTS[settings.dataset]
-    if settings.dataset == "autoencoder" and settings.images == "animals":
-        defaults = defaults._replace(budget=DEFAULTS["animals"].budget)
+    defaults = DEFAULTS[task_name]
 
     def default(name: str) -> Any:
         given = getattr(settings, name)
@@ -107,11 +122,11 @@ def resolve(settings: Settings) -> Settings:
     return settings
 
 
-def rate(settings: Settings, method: MethodName) -> float | None:
+def rate(settings: Settings, task_name: str, method: MethodName) -> float | None:
     """The learning rate of a method; Gauss-Newton has none."""
     if settings.learning_rate is not None and method != "gauss-newton":
         return settings.learning_rate
-    return DEFAULTS[settings.dataset].rates.get(method)
+    return DEFAULTS[task_name].rates.get(method)
 
 
 def build_method(settings: Settings, task: Task, name: MethodName) -> Method:
@@ -127,7 +142,7 @@ def build_method(settings: Settings, task: Task, name: MethodName) -> Method:
     return training.first_order(
         task,
         name,
-        learning_rate=rate(settings, name) or 0.0,
+        learning_rate=rate(settings, task.name, name) or 0.0,
         batch_size=min(examples, settings.batch_size or examples),
     )
 
@@ -144,7 +159,7 @@ def compare(settings: Settings, task: Task, folder: Path, console: Console) -> l
     ):
         for name in settings.methods:
             method = build_method(settings, task, name)
-            progress = None
+            curve: list[training.Progress] = []
             for progress in training.train(
                 task,
                 method,
@@ -153,25 +168,28 @@ def compare(settings: Settings, task: Task, folder: Path, console: Console) -> l
                 records=settings.records,
                 seed=settings.seed,
             ):
+                curve.append(progress)
                 curves.append(progress.record)
                 records.append(progress.record)
                 display.show(progress.record)
-            assert progress is not None  # there is always a record at step 0
-            remark = ending(method, progress)
+            remark = ending(method, curve)
             display.finish(name, remark)
-            results.append(report.Result(progress.record, progress.compile_seconds, remark))
+            results.append(report.Result(curve[-1].record, curve[-1].compile_seconds, remark))
             report.write_json(folder / "summary.json", [result.as_dict() for result in results])
     report.plot(folder / "curves.png", records, task.score_name)
     return results
 
 
-def ending(method: Method, progress: training.Progress) -> str | None:
-    """Why a method ended before its budget was spent, in one line."""
-    where = f"{method.name} stopped at step {progress.record.step}"
-    if progress.status is Status.NOT_FINITE:
+def ending(method: Method, curve: Sequence[training.Progress]) -> str | None:
+    """What there is to say about how a method ended, in one line; nothing if all went well."""
+    start, end = curve[0], curve[-1]
+    where = f"{method.name} stopped at step {end.record.step}"
+    if end.status is Status.NOT_FINITE:
         return f"{where}: the loss is not finite; {method.advice}"
-    if progress.status is Status.CONVERGED:
+    if end.status is Status.CONVERGED:
         return f"{where}: converged, no step lowers the loss any further"
+    if end.record.train_loss > start.record.train_loss:
+        return f"{method.name} ended with a higher loss than it started from; {method.advice}"
     return None
 
 
@@ -180,7 +198,7 @@ def configuration(settings: Settings, task: Task) -> dict[str, Any]:
     with_params = jax.eval_shape(task.init, jax.random.key(0))
     return {
         "settings": dataclasses.asdict(settings),
-        "learning_rates": {name: rate(settings, name) for name in settings.methods},
+        "learning_rates": {name: rate(settings, task.name, name) for name in settings.methods},
         "task": task.name,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(with_params)),
         "examples": {"train": len(task.train[0]), "test": len(task.test[0])},
@@ -193,7 +211,6 @@ def configuration(settings: Settings, task: Task) -> dict[str, Any]:
 def script(settings: Settings) -> int:
     """Compare the methods and report; the status is 0 even if one of them diverged."""
     console = command.terminal()
-    settings = resolve(settings)
     task = tasks.build(
         settings.dataset,
         network=settings.network,
@@ -201,6 +218,7 @@ def script(settings: Settings) -> int:
         seed=settings.seed,
         data_file=settings.data_file,
     )
+    settings = resolve(settings, task.name)
     folder = report.make_folder(
         settings.out, settings.name, task.name, overwrite=settings.overwrite
     )

@@ -160,7 +160,7 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     """The table."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for header in ("network", "precision", "parameter", "shape"):
-        table.add_column(header)
+        table.add_column(header, overflow="fold")
     for header in ("error to JAX", "relative", "to differences", "relative"):
         table.add_column(header, justify="right")
     table.add_column("agrees")

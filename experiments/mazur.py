@@ -146,7 +146,8 @@ def forward(
         inputs: shape (2,).
         nudges: what to add to each net input; ``None`` adds nothing.
     """
-    nudges = nudges or Neurons(jnp.zeros(2), jnp.zeros(2))
+    if nudges is None:
+        nudges = Neurons(jnp.zeros(2), jnp.zeros(2))
     net_hidden = weights.hidden @ inputs + HIDDEN_BIAS + nudges.hidden
     hidden = jax.nn.sigmoid(net_hidden)
     net_output = weights.output @ hidden + OUTPUT_BIAS + nudges.output

@@ -137,6 +137,7 @@ def plot(path: Path, records: Sequence[Record], score_name: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     scored = any(record.test_score is not None for record in records)
     rows = 2 if scored else 1
@@ -160,6 +161,7 @@ def plot(path: Path, records: Sequence[Record], score_name: str) -> None:
             _frame_scores(panels[1][0], records, score_name)
         for panel, label in zip(panels[-1], AXES.values(), strict=True):
             panel.set_xscale("log")
+            panel.xaxis.set_minor_formatter(NullFormatter())  # they collide within one decade
             panel.set_xlabel(label)
         for panel in panels.flat:
             panel.grid(True, which="major", linewidth=0.4, alpha=0.5)

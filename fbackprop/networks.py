@@ -263,7 +263,7 @@ def resnet(
     Example:
         >>> import jax
         >>> import jax.numpy as jnp
-        >>> network = resnet((8, 8, 3), 10)
+        >>> network = resnet((8, 8, 3), 10, channels=(8,))
         >>> params = network.init(jax.random.key(0))
         >>> network.apply(params, jnp.ones((8, 8, 3))).shape
         (10,)

@@ -486,8 +486,12 @@ def custom_vjp_halves(eqn: Equation, perturbed: Sequence[bool]):
         return list(residuals_and_outputs[n:]), residuals
 
     def backward(residuals, cotangents):
+        def zero(aval):
+            symbolic = eqn.params["symbolic_zeros"]
+            return SymbolicZero(cotangent_aval(aval)) if symbolic else zeros(aval)
+
         cotangents = [
-            SymbolicZero(cotangent_aval(aval)) if ct is None else ct
+            zero(aval) if ct is None else ct
             for ct, aval in zip(cotangents, eqn.out_avals, strict=True)
         ]
         result = bwd.call_wrapped(*residuals, *cotangents)

@@ -8,7 +8,17 @@ from jax import lax
 from fbackprop.program import primitive
 from fbackprop.table import joint, row
 
-row("reshape", lambda ct, eqn: lax.reshape(ct, eqn.in_avals[0].shape))
+
+
+def _reshape(ct, eqn):
+    shape, order = eqn.in_avals[0].shape, eqn.params["dimensions"]
+    if order is None:
+        return lax.reshape(ct, shape)
+    ct = lax.reshape(ct, [shape[d] for d in order])  # the operand was transposed first
+    return lax.transpose(ct, np.argsort(order))
+
+
+row("reshape", _reshape)
 row("squeeze", lambda ct, eqn: lax.reshape(ct, eqn.in_avals[0].shape))
 row("expand_dims", lambda ct, eqn: lax.reshape(ct, eqn.in_avals[0].shape))
 row("rev", lambda ct, eqn: lax.rev(ct, eqn.params["dimensions"]))

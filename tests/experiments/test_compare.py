@@ -107,6 +107,12 @@ def test_a_method_that_diverges_stops_alone(tmp_path, capsys):
     assert (folder / "curves.png").exists()
 
 
+def test_a_loss_that_rises_is_remarked_on(tmp_path, capsys):
+    options = ["--budget", "1", "--learning-rate", "1e30", "--methods", "sgd"]
+    assert run(tmp_path, *options)[0] == 0
+    assert "sgd ended with a higher loss than it started from" in capsys.readouterr().out
+
+
 def test_an_interruption_keeps_what_was_written(tmp_path, capsys, monkeypatch):
     show = compare.ProgressDisplay.show
 

@@ -1,0 +1,58 @@
+"""The cross-check: what its report says, and that it finds wrong gradients."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import fbackprop as fb
+
+
+@jax.custom_vjp
+def wrong(x):
+    return jnp.sin(x)
+
+
+# Both reverse modes must believe a user's rule, so only differences can find the mistake.
+wrong.defvjp(lambda x: (jnp.sin(x), x), lambda x, ct: (ct * jnp.cos(x) * 1.1,))
+
+
+def loss(params, x, n):
+    return jnp.sum(jnp.tanh(x @ params["w"]) ** n) + params["b"]
+
+
+ARGS = ({"b": jnp.float32(0.5), "w": jnp.linspace(-1, 1, 6).reshape(3, 2)}, jnp.ones((2, 3)), 2)
+
+
+def test_report_has_a_row_per_floating_leaf():
+    report = fb.check_grads(loss, *ARGS)
+    assert [r.path for r in report.rows] == ["[0]['b']", "[0]['w']", "[1]"]
+    assert [r.shape for r in report.rows] == [(), (3, 2), (2, 3)]
+    assert report.ok and all(r.max_rel_error <= 1e-5 and r.fd_rel_error < 1e-3 for r in report.rows)
+    lines = str(report).splitlines()
+    assert len(lines) == 4 and "[0]['w']" in lines[2] and lines[2].endswith("ok")
+    fb.assert_grads_match(loss, *ARGS)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+def test_dtypes(dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        report = fb.check_grads(lambda x: jnp.sum(jnp.exp(x) * x), jnp.arange(3).astype(dtype))
+    assert report.ok and report.rows[0].dtype == jnp.dtype(dtype).name
+
+
+def test_several_outputs_and_complex_arguments():
+    z = jnp.array([1.0 + 2.0j, -0.5 + 1.0j])
+    assert fb.check_grads(lambda z: {"a": z * z, "b": jnp.abs(z)}, z).ok
+
+
+def test_finds_a_wrong_rule():
+    report = fb.check_grads(lambda x: jnp.sum(wrong(x)), jnp.ones(3))
+    assert not report.ok and report.rows[0].max_abs_error == 0.0
+    assert report.rows[0].fd_rel_error == pytest.approx(0.1 / 1.1, rel=1e-2)
+    with pytest.raises(AssertionError, match="DIFFERS"):
+        fb.assert_grads_match(lambda x: jnp.sum(wrong(x)), jnp.ones(3))
+
+
+def test_nothing_to_check():
+    with pytest.raises(ValueError, match="floating-point argument"):
+        fb.check_grads(lambda n: n, 3)

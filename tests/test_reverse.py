@@ -1,0 +1,230 @@
+"""`vjp`, `grad`, `value_and_grad`: the semantics and errors of their JAX namesakes."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreement import assert_close, assert_same_vjp
+
+import fbackprop as fb
+
+X = jnp.linspace(0.1, 1.0, 6).reshape(2, 3)
+
+
+def loss(params, x, power=2):
+    return jnp.sum(jnp.tanh(x @ params["w"] + params["b"]) ** power)
+
+
+PARAMS = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "b": jnp.full((2, 4), 0.1)}
+
+
+@pytest.mark.parametrize("argnums", [0, 1, (0,), (1, 0), -1, (0, -1)])
+def test_argnums_as_int_or_tuple(argnums):
+    ours = fb.grad(loss, argnums)(PARAMS, X)
+    assert_close(ours, jax.grad(loss, argnums)(PARAMS, X))
+
+
+def test_value_and_grad_with_aux_and_keywords():
+    def f(x, *, scale):
+        return jnp.sum(x) * scale, {"twice": 2 * x, "label": "any object", "number": 3}
+
+    ours = fb.value_and_grad(f, has_aux=True)(X, scale=3.0)
+    (value, aux), gradient = ours
+    assert_close(value, jnp.sum(X) * 3)
+    assert_close(gradient, jnp.full_like(X, 3.0))
+    assert_close(aux["twice"], 2 * X)
+    assert aux["label"] == "any object" and aux["number"] == 3
+    assert fb.grad(f, has_aux=True)(X, scale=3.0)[1]["label"] == "any object"
+
+
+def test_static_arguments_may_be_anything():
+    gradient = fb.grad(lambda x, how: jnp.sum(getattr(jnp, how)(x)))(X, "sin")
+    assert_close(gradient, jnp.cos(X))
+
+
+def test_integer_inputs_have_float0_cotangents():
+    _, pullback = fb.vjp(lambda x, n: x * n, X, jnp.arange(6).reshape(2, 3))
+    ct_x, ct_n = pullback(jnp.ones_like(X))
+    assert_close(ct_x, jnp.arange(6.0).reshape(2, 3))
+    assert ct_n.dtype == jax.dtypes.float0 and ct_n.shape == (2, 3)
+    f = lambda x, n: jnp.sum(x * n)  # noqa: E731
+    ours = fb.grad(f, (0, 1), allow_int=True)(X, 3)
+    assert_close(ours, jax.grad(f, (0, 1), allow_int=True)(X, 3))
+
+
+def test_integer_outputs_take_float0_cotangents():
+    value, pullback = fb.vjp(lambda x: (jnp.sum(x), jnp.argmax(x)), X)
+    (ct,) = pullback((1.0, np.zeros((), jax.dtypes.float0)))
+    assert int(value[1]) == 5
+    assert_close(ct, jnp.ones_like(X))
+
+
+def test_holomorphic():
+    z = jnp.array(1.0 + 2.0j)
+    f = lambda z: z**3 + jnp.sin(z)  # noqa: E731
+    assert_close(fb.grad(f, holomorphic=True)(z), jax.grad(f, holomorphic=True)(z))
+    g = lambda z: jnp.abs(z * z) + jnp.real(z)  # noqa: E731
+    assert_close(fb.grad(g)(z), jax.grad(g)(z))
+
+
+def test_pullback_is_a_pytree_and_reusable():
+    pullback = jax.jit(lambda x: fb.vjp(jnp.sin, x)[1])(X)
+    for _ in range(2):
+        assert_close(pullback(jnp.ones_like(X))[0], jnp.cos(X))
+
+
+def test_unused_and_constant_outputs():
+    assert_close(fb.grad(lambda x: 1.0)(X), jnp.zeros_like(X))
+    assert_close(fb.grad(lambda x, y: jnp.sum(x))(X, 1.0), jnp.ones_like(X))
+    _, pullback = fb.vjp(lambda x: (x, x), X)
+    assert_close(pullback((X, X))[0], 2 * X)
+
+
+@pytest.mark.parametrize("scalar", [3.0, np.float32(3.0), np.array(3.0, np.float32)])
+def test_scalar_types_and_weak_types(scalar):
+    f = lambda x: x**2  # noqa: E731
+    ours, theirs = fb.grad(f)(scalar), jax.grad(f)(scalar)
+    assert ours.dtype == theirs.dtype and ours.weak_type == theirs.weak_type
+    assert float(ours) == 6.0
+
+
+def test_functions_that_look_at_values():
+    def f(x):
+        y = jnp.sin(x) if x[0, 0] > 0 else jnp.cos(x)
+        for _ in range(2 if x[1, 1] > 0.5 else 1):
+            y = jax.nn.relu(y) * x
+        return jnp.sum(y[x > 0.3]) + jax.jit(jnp.sum)(jax.nn.softmax(x)[0] ** 2)
+
+    assert_close(fb.grad(f)(X), jax.grad(f)(X))
+    twice = fb.grad(lambda x: jnp.sum(fb.grad(f)(x) ** 2))(X)
+    assert_close(twice, jax.grad(lambda x: jnp.sum(jax.grad(f)(x) ** 2))(X))
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        jax.jit(fb.grad(f))(X)
+
+
+# --- composition with JAX's transformations ---------------------------------------------------
+
+
+def f(x):
+    y = jax.nn.softmax(x @ jnp.ones((3, 3))) * jax.nn.relu(x - 0.5)
+    return jnp.sum(jnp.prod(jnp.sin(y + x), axis=1) ** 2)
+
+
+OURS, THEIRS = fb.grad(f), jax.grad(f)
+COMPOSITIONS = {
+    "jit": lambda g: jax.jit(g)(X),
+    "vmap": lambda g: jax.vmap(g)(jnp.stack([X, 2 * X])),
+    "jit of vmap": lambda g: jax.jit(jax.vmap(g))(jnp.stack([X, 2 * X])),
+    "jvp": lambda g: jax.jvp(g, (X,), (jnp.cos(X),)),
+    "jacfwd": lambda g: jax.jacfwd(g)(X),
+    "jacrev": lambda g: jax.jacrev(g)(X),
+    "jax.grad of it": lambda g: jax.grad(lambda x: jnp.sum(g(x) ** 2))(X),
+    "fb.grad of it": lambda g: fb.grad(lambda x: jnp.sum(g(x) ** 2))(X),
+    "third order": lambda g: fb.grad(lambda x: jnp.sum(fb.grad(lambda y: jnp.sum(g(y)))(x)))(X),
+    "grad of vmap": lambda g: fb.grad(lambda xs: jnp.sum(jax.vmap(g)(xs) ** 2))(X[None]),
+    "checkpoint": lambda g: fb.grad(jax.checkpoint(lambda x: jnp.sum(g(x))))(X),
+    "scan": lambda g: jax.lax.scan(lambda x, _: (x - 0.1 * g(x), None), X, None, length=3)[0],
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_composes(name):
+    assert_close(COMPOSITIONS[name](OURS), COMPOSITIONS[name](THEIRS), scale=20)
+
+
+def test_closed_over_tracers():
+    def scaled(c):
+        return fb.grad(lambda x: jnp.sum(jnp.sin(c * x)))(X)
+
+    expected = jax.vmap(lambda c: c * jnp.cos(c * X))(jnp.arange(3.0))
+    assert_close(jax.vmap(scaled)(jnp.arange(3.0)), expected)
+    assert_close(jax.jit(scaled)(2.0), 2 * jnp.cos(2 * X))
+
+
+def test_leaks_no_tracers():
+    with jax.checking_leaks():
+        jax.jit(OURS)(X)
+        jax.vmap(OURS)(X[None])
+
+
+def test_shard_map():
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    w, x = PARAMS["w"], jnp.linspace(-1, 1, 24).reshape(8, 3)
+
+    def step(gradient):
+        def inner(w, x):
+            def loss(w):
+                start = jax.lax.pcast(jnp.zeros(4), "i", to="varying")
+                last, _ = jax.lax.scan(lambda c, xi: (jnp.tanh(xi @ w + c), None), start, x)
+                return jax.lax.pmean(jnp.mean(jax.nn.relu(last)), "i")
+
+            return gradient(loss)(w)
+
+        sharded = jax.shard_map(inner, mesh=mesh, in_specs=(spec(), spec("i")), out_specs=spec())
+        return jax.jit(sharded)(w, x)
+
+    assert_close(step(fb.grad), step(jax.grad), scale=10)
+
+
+def test_no_recompilation_of_inner_calls():
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def layer(x):
+        return jnp.tanh(x)
+
+    def deep(x):
+        for _ in range(6):
+            x = layer(x)
+        return jnp.sum(x)
+
+    text = jax.jit(fb.grad(deep)).lower(X).as_text()
+    assert text.count("func.func private @layer(") == 1
+    assert text.count("func.func private @layer_pullback(") == 1
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+ERRORS = {
+    "vector output": (lambda: fb.grad(jnp.sin)(X), TypeError, "scalar-output"),
+    "integer input": (lambda: fb.grad(jnp.sin)(1), TypeError, "int32 at argument"),
+    "complex output": (lambda: fb.grad(lambda x: 1j * x)(1.0), TypeError, "holomorphic=True"),
+    "integer output": (lambda: fb.grad(lambda x: 3)(1.0), TypeError, "real-valued outputs"),
+    "real holomorphic": (
+        lambda: fb.grad(lambda x: x, holomorphic=True)(1.0),
+        TypeError,
+        "inputs with complex dtype",
+    ),
+    "too few arguments": (
+        lambda: fb.grad(lambda x: x, argnums=2)(1.0),
+        TypeError,
+        "requires at least 3 positional arguments",
+    ),
+    "argnums of no int": (lambda: fb.grad(jnp.sin, argnums="x"), TypeError, "argnums must be"),
+    "no function": (lambda: fb.grad(3), TypeError, "differentiates functions"),
+    "string input": (lambda: fb.grad(lambda x: x)("a"), TypeError, "not a valid JAX type"),
+    "string output": (lambda: fb.grad(lambda x: "a")(1.0), TypeError, "not a valid JAX type"),
+    "no pair": (lambda: fb.grad(jnp.sin, has_aux=True)(1.0), TypeError, "returns a pair"),
+    "wrong tree": (
+        lambda: fb.vjp(jnp.sin, 1.0)[1]((1.0, 2.0)),
+        ValueError,
+        "unexpected tree structure",
+    ),
+    "wrong shape": (lambda: fb.vjp(jnp.sin, 1.0)[1](X), ValueError, "unexpected JAX type"),
+    "wrong dtype": (lambda: fb.vjp(jnp.sin, 1.0)[1](1), ValueError, "unexpected JAX type"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_say_what_was_wrong(name):
+    call, exception, message = ERRORS[name]
+    with pytest.raises(exception, match=message) as info:
+        call()
+    assert "\n" not in str(info.value).strip()
+
+
+def test_many_argument_function():
+    assert_same_vjp(lambda *xs: sum(x * i for i, x in enumerate(xs)), *[X] * 5)

@@ -1,0 +1,83 @@
+"""Rows of the table: registration, user rules, errors at trace time."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import Primitive
+
+import fbackprop as fb
+from fbackprop.table import TABLE
+
+X = jnp.arange(1.0, 4.0)
+
+
+@pytest.fixture
+def cubed():
+    """A primitive of its own, with forward-mode rule but without a backward rule."""
+    from jax.interpreters import ad, mlir
+
+    p = Primitive("cubed")
+    p.def_impl(lambda x: x * x * x)
+    p.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(p, mlir.lower_fun(lambda x: x * x * x, multiple_results=False))
+    ad.primitive_jvps[p] = lambda primals, tangents: (
+        p.bind(*primals),
+        3 * primals[0] ** 2 * tangents[0],
+    )
+    yield p
+    TABLE.pop(p, None)
+
+
+def f_of(p):
+    return lambda x: jnp.sum(p.bind(x))
+
+
+def test_missing_rule_is_derived_from_forward_mode(cubed):
+    assert fb.grad(f_of(cubed))(X).tolist() == [3.0, 12.0, 27.0]
+
+
+def test_strict_names_primitive_line_and_remedy(cubed):
+    with pytest.raises(fb.MissingRule) as info:
+        fb.grad(f_of(cubed), strict=True)(X)
+    message = str(info.value)
+    assert "'cubed'" in message and "test_table.py" in message and "@fb.defrule" in message
+    with pytest.raises(fb.MissingRule):  # inside a nested call, too
+        fb.grad(jax.jit(f_of(cubed)), strict=True)(X)
+
+
+def test_defrule_adds_a_row(cubed):
+    @fb.defrule(cubed)
+    def rule(ct, x):
+        return ct * 3 * x * x
+
+    assert fb.grad(f_of(cubed), strict=True)(X).tolist() == [3.0, 12.0, 27.0]
+    with pytest.raises(ValueError, match="already has a rule"):
+        fb.defrule(cubed)(rule)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (lambda ct, x: ct[:1], "a cotangent has the shape and dtype of its operand"),
+        (lambda ct, x: ct.astype(jnp.bfloat16), "a cotangent has the shape and dtype"),
+        (lambda ct, x: (ct, ct), "returned 2 cotangents for 1 operands"),
+    ],
+)
+def test_wrong_rules_are_named(cubed, rule, message):
+    fb.defrule(cubed)(rule)
+    with pytest.raises(TypeError, match=message) as info:
+        fb.grad(f_of(cubed))(X)
+    assert "'cubed'" in str(info.value) and "test_table.py" in str(info.value)
+
+
+def test_unknown_primitive():
+    with pytest.raises(ValueError, match="no primitive called 'sine'"):
+        fb.defrule("sine")
+
+
+def test_underivable_primitive_says_so():
+    p = Primitive("opaque")
+    p.def_impl(lambda x: x)
+    p.def_abstract_eval(lambda x: x)
+    with pytest.raises(NotImplementedError, match="opaque"):
+        fb.grad(lambda x: jnp.sum(p.bind(x)))(X)
