@@ -29,8 +29,9 @@ from experiments.training import Method, MethodName, Record, Status
 class Defaults(NamedTuple):
     """What suits a task.
 
-    The learning rates were sought on a grid of factors of about three at this budget or a part of
-    it: the best training loss, one notch below where a larger rate diverged.
+    The learning rates come from grids of factors of about three: a low training loss, kept clear of
+    the rates at which training diverged. Those of the animals' convolutional networks were
+    taken over from the perceptron.
     """
 
     budget: float

@@ -1,0 +1,227 @@
+"""Our reverse mode against `jax.value_and_grad`: time, memory, tracing, compilation, size.
+
+    python -m experiments.benchmark                    every program
+    python -m experiments.benchmark --programs mlp lstm --repeats 200
+
+Both are measured in this one process, in alternation, and compared pair by pair: the ratio of a
+pair is little disturbed by what else the machine does. Reported are the median of the ratios and
+the spread between their quartiles. Ratios below one mean that ours is faster or smaller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import track
+from rich.table import Table
+
+import fbackprop as fb
+from experiments.command import UsageError, run, terminal
+from experiments.programs import PROGRAMS, Program, build
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Compare fbackprop with jax.value_and_grad, in one process and in alternation."""
+
+    programs: tuple[str, ...] = tuple(PROGRAMS)
+    """Which programs to differentiate."""
+    repeats: int = 60
+    """Pairs of runs that are timed."""
+    traces: int = 7
+    """Pairs of traces, each from empty caches, that are timed."""
+    compilations: int = 3
+    """Pairs of compilations that are timed."""
+    out: Path = Path("runs/benchmark")
+    """Where the table (JSON) and the figure (PNG) go."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """Ours over JAX's: median of paired ratios, their quartiles, JAX's median in its own unit."""
+
+    median: float
+    lower: float
+    upper: float
+    jax: float
+
+    @classmethod
+    def of(cls, ours: list[float], theirs: list[float]) -> Ratio:
+        ratios = np.array(ours) / np.maximum(np.array(theirs), 1e-12)
+        lower, median, upper = np.quantile(ratios, [0.25, 0.5, 0.75])
+        return cls(float(median), float(lower), float(upper), statistics.median(theirs))
+
+
+MEASURES = {
+    "run": "run time",
+    "temporary": "temporary memory",
+    "total": "total memory",
+    "trace": "trace + lower",
+    "compile": "compile",
+    "hlo": "size of HLO",
+}
+
+
+def measure(program: Program, settings: Settings) -> dict[str, Ratio]:
+    """All measures of one program."""
+    libraries: tuple[tuple[Callable, Callable], ...] = (
+        (fb.value_and_grad, fb.grad),
+        (jax.value_and_grad, jax.grad),
+    )
+
+    def lowered(side: int):
+        value_and_grad, grad = libraries[side]
+
+        def step(params, data):
+            return value_and_grad(lambda p: program.loss(p, data, grad))(params)
+
+        return jax.jit(step).lower(program.params, program.data)
+
+    lowered(0), lowered(1)  # imports and first uses are not part of it
+    traces = _alternate(lowered, settings.traces, fresh=True)
+    ready = [lowered(side) for side in (0, 1)]
+    compilations = _alternate(lambda side: ready[side].compile(), settings.compilations, fresh=True)
+    compiled: list[Any] = [low.compile() for low in ready]
+
+    def execute(side: int):
+        return jax.block_until_ready(compiled[side](program.params, program.data))
+
+    _check(execute(0), execute(1))
+    runs = _alternate(execute, settings.repeats)
+    memory = [c.memory_analysis() for c in compiled]
+    temporary = [float(m.temp_size_in_bytes) for m in memory]
+    total = [
+        float(m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes)
+        for m in memory
+    ]
+    sizes = [float(c.as_text().count(" = ")) for c in compiled]
+    return {
+        "run": Ratio.of(*runs),
+        "temporary": Ratio.of([temporary[0]], [temporary[1]]),
+        "total": Ratio.of([total[0]], [total[1]]),
+        "trace": Ratio.of(*traces),
+        "compile": Ratio.of(*compilations),
+        "hlo": Ratio.of([sizes[0]], [sizes[1]]),
+    }
+
+
+def _alternate(work: Callable[[int], Any], pairs: int, fresh: bool = False):
+    """Seconds that `work(0)` and `work(1)` take, in pairs whose order changes."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for i in range(pairs):
+        for side in (i % 2, 1 - i % 2):
+            if fresh:
+                jax.clear_caches()
+            start = time.perf_counter()
+            work(side)
+            seconds[side].append(time.perf_counter() - start)
+    return seconds
+
+
+def _check(ours, theirs) -> None:
+    """A benchmark of wrong gradients is worth nothing."""
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        largest = float(np.max(np.abs(b)))
+        if not np.allclose(a, b, rtol=0, atol=1e-4 * largest + 1e-12, equal_nan=True):
+            raise AssertionError("the gradients differ: see python -m experiments.gradcheck")
+
+
+def table_of(results: dict[str, dict[str, Ratio]]) -> Table:
+    """A row per program, the geometric means last."""
+    table = Table(title="fbackprop over jax.value_and_grad (below 1 is better)")
+    table.add_column("program")
+    for title in MEASURES.values():
+        table.add_column(title, justify="right")
+    for name, ratios in results.items():
+        table.add_row(name, *(_cell(measure, ratios[measure]) for measure in MEASURES))
+    means = (f"{geometric_mean(results, m):.3f}" for m in MEASURES)
+    table.add_section()
+    table.add_row("geometric mean", *means)
+    return table
+
+
+def _cell(measure: str, ratio: Ratio) -> str:
+    if measure in ("run", "trace", "compile"):
+        spread = (ratio.upper - ratio.lower) / 2
+        return f"{ratio.median:.3f} ±{spread:.3f} ({ratio.jax * 1e3:.3g} ms)"
+    unit = f" ({ratio.jax / 1e6:.3g} MB)" if measure != "hlo" else f" ({ratio.jax:.0f})"
+    return f"{ratio.median:.3f}{unit}"
+
+
+def geometric_mean(results: dict[str, dict[str, Ratio]], measure: str) -> float:
+    """Over programs; programs that need no memory at all do not count."""
+    values = [r[measure].median for r in results.values() if r[measure].median > 0]
+    return statistics.geometric_mean(values) if values else float("nan")
+
+
+def draw(results: dict[str, dict[str, Ratio]], path: Path) -> None:
+    """Ratios as points on a logarithmic axis, a panel per measure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(results)[::-1]
+    shown = ["run", "temporary", "trace", "compile"]
+    height = 1.2 + 0.28 * len(names)
+    figure, axes = plt.subplots(1, len(shown), figsize=(12, height), sharey=True)
+    for axis, measure in zip(axes, shown, strict=True):
+        ratios = [results[name][measure] for name in names]
+        middle = np.array([r.median for r in ratios])
+        low = middle - np.array([r.lower for r in ratios])
+        high = np.array([r.upper for r in ratios]) - middle
+        axis.errorbar(middle, range(len(names)), xerr=[low, high], fmt="o", color="#0072B2")
+        axis.axvline(1.0, color="0.5", linewidth=1)
+        axis.set_xscale("log", base=2)
+        axis.set_title(MEASURES[measure])
+        axis.set_xlabel("ours / JAX")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(names)), names)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def script(settings: Settings) -> int:
+    unknown = [name for name in settings.programs if name not in PROGRAMS]
+    if unknown:
+        raise UsageError(f"no program called '{unknown[0]}': choose from {', '.join(PROGRAMS)}")
+    if min(settings.repeats, settings.traces, settings.compilations) < 1:
+        raise UsageError("--repeats, --traces and --compilations must be at least 1")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    console = terminal()
+    results: dict[str, dict[str, Ratio]] = {}
+    bar = track(settings.programs, "measuring", console=console, disable=not console.is_terminal)
+    for name in bar:
+        results[name] = measure(build(name), settings)
+        _write(results, settings.out / "benchmark.json")
+        if not console.is_terminal:
+            console.print(name, *(f"{m} {results[name][m].median:.3f}" for m in MEASURES))
+    console.print(table_of(results))
+    draw(results, settings.out / "benchmark.png")
+    console.print(f"written: {settings.out}/benchmark.json, benchmark.png")
+    return 0
+
+
+def _write(results: dict[str, dict[str, Ratio]], path: Path) -> None:
+    rows = {n: {m: dataclasses.asdict(r) for m, r in ms.items()} for n, ms in results.items()}
+    versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    path.write_text(json.dumps({"versions": versions, "ratios": rows}, indent=2) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    return run(Settings, script, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
