@@ -6,10 +6,14 @@
 1.0
 """
 
+from fbackprop import losses as losses
+from fbackprop import networks as networks
 from fbackprop.check import GradientReport as GradientReport
 from fbackprop.check import GradientRow as GradientRow
 from fbackprop.check import assert_grads_match as assert_grads_match
 from fbackprop.check import check_grads as check_grads
+from fbackprop.least_squares import LeastSquaresResult as LeastSquaresResult
+from fbackprop.least_squares import least_squares as least_squares
 from fbackprop.reverse import grad as grad
 from fbackprop.reverse import value_and_grad as value_and_grad
 from fbackprop.reverse import vjp as vjp
