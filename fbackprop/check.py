@@ -18,7 +18,6 @@ from fbackprop.program import is_inexact, type_of
 from fbackprop.reverse import vjp
 
 
-
 def tolerances(dtype) -> tuple[float, float]:
     """Largest errors allowed for a dtype, relative to the largest gradient of the leaf.
 
@@ -29,7 +28,6 @@ def tolerances(dtype) -> tuple[float, float]:
     if resolution > 1e-4:
         return 8 * resolution, 64 * resolution
     return (1e-5, 1e-3) if resolution > 1e-10 else (1e-12, 1e-6)
-
 
 
 @dataclasses.dataclass(frozen=True)

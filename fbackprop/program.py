@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax._src import ad_util, api_util, core, dtypes, linear_util, source_info_util
 from jax._src.custom_derivatives import SymbolicZero
-from jax._src.interpreters import partial_eval
+from jax._src.interpreters import ad, partial_eval
 from jax._src.sharding_impls import UNSPECIFIED
 from jax.extend.core import Literal, Primitive, Var
 
@@ -417,6 +417,11 @@ def zeros(aval) -> jax.Array:
     return ad_util.zeros_like_aval(cotangent_aval(aval))
 
 
+def blank(aval) -> jax.Array:
+    """A value of this very type, to stand where nobody will read it."""
+    return ad_util.zeros_like_aval(aval)
+
+
 def float0_zeros(shape) -> np.ndarray:
     """The cotangent of an integer or boolean array."""
     return np.zeros(shape, dtype=float0)
@@ -500,6 +505,26 @@ def custom_vjp_halves(eqn: Equation, perturbed: Sequence[bool]):
         return [None if isinstance(ct, (ad_util.Zero, SymbolicZero)) else ct for ct in result]
 
     return forward, backward
+
+
+def has_transpose(primitive: Primitive) -> bool:
+    """Whether the author of a linear primitive gave it a transpose."""
+    return primitive in ad.primitive_transposes
+
+
+def transpose(eqn: Equation, active: Sequence[bool], values: Sequence, cts: Sequence) -> list:
+    """Transpose a linear primitive in its active operands, by its author's rule."""
+    operands = [
+        ad.UndefinedPrimal(tangent_aval(aval)) if a else v
+        for v, a, aval in zip(values, active, eqn.in_avals, strict=True)
+    ]
+    cts = [
+        ad_util.Zero(cotangent_aval(aval)) if ct is None else ct
+        for ct, aval in zip(cts, eqn.out_avals, strict=True)
+    ]
+    rule = ad.primitive_transposes[eqn.primitive]
+    found = rule(cts if eqn.primitive.multiple_results else cts[0], *operands, **eqn.params)
+    return [None if ct is None or isinstance(ct, ad_util.Zero) else ct for ct in found]
 
 
 # --- primitives ----------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from fbackprop.program import (
     Equation,
     Primitive,
     cotangent_aval,
-    is_inexact,
     find_primitive,
+    is_inexact,
     type_of,
     zeros,
 )

@@ -6,8 +6,8 @@ from jax import lax
 
 from fbackprop.program import (
     Program,
+    blank,
     call,
-    cotangent_aval,
     custom_vjp_halves,
     evaluate,
     is_inexact,
@@ -145,7 +145,7 @@ class Cond(Rule):
                 results = evaluate(program_of(split.forward), operands)
                 extras = dict(zip(mine, results[n:], strict=True))
                 filler = (
-                    extras[i] if i in extras else zeros(aval) for i, aval in enumerate(slots[0])
+                    extras[i] if i in extras else blank(aval) for i, aval in enumerate(slots[0])
                 )
                 return [*results[:n], *filler]
 
@@ -223,5 +223,3 @@ register("closed_call", Inline())
 register("remat2", Remat())
 register("cond", Cond())
 register("custom_vjp_call", CustomVJP())
-
-__all__ = ["cotangent_aval"]

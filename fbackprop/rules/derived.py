@@ -12,11 +12,13 @@ import jax
 from fbackprop.program import (
     Equation,
     evaluate,
+    has_transpose,
     is_inexact,
     memoized,
     program_of,
     tangent_aval,
     trace,
+    transpose,
 )
 from fbackprop.split import Split, nonzero, spread
 from fbackprop.sweep import activity
@@ -50,8 +52,6 @@ def tangent_program(eqn: Equation, active):
 def _split(eqn: Equation, rules: Rules, active) -> Split:
     program, carries = tangent_program(eqn, active)
     n_in, n_tangents = len(eqn.inputs), sum(active)
-    if eqn.primitive.name != "custom_jvp_call":
-        _refuse_circles(eqn, rules, program, n_in)
     n_out, n_moving = len(eqn.outputs), sum(carries)
     tangents = (False,) * n_in + (True,) * n_tangents
     return Split(
@@ -65,23 +65,34 @@ def _split(eqn: Equation, rules: Rules, active) -> Split:
     )
 
 
-def _refuse_circles(eqn, rules, program, n_in):
-    """A linear primitive is its own tangent program: deriving its rule would never end."""
-    tangents = tuple(i >= n_in for i in range(len(program.inputs)))
+@memoized
+def _is_linear(eqn: Equation, rules: Rules, active) -> bool:
+    """Whether the primitive is its own tangent program, so that sweeping that would never end."""
+    if eqn.primitive.name == "custom_jvp_call":
+        return False
+    program, _ = tangent_program(eqn, active)
+    tangents = tuple(i >= len(eqn.inputs) for i in range(len(program.inputs)))
     steps = activity(program, rules, tangents).steps
-    for e, active in zip(program.equations, steps, strict=True):
-        if active is not None and e.primitive is eqn.primitive:
-            raise MissingRule(
-                f"no backward rule for primitive '{eqn.primitive}', called at {eqn.source}, and "
-                "none can be derived, since its forward-mode rule uses the primitive itself: "
-                f'write one with @fb.defrule("{eqn.primitive}")'
-            )
+    moving = zip(program.equations, steps, strict=True)
+    return any(a is not None and e.primitive is eqn.primitive for e, a in moving)
 
 
 class Derived(Rule):
-    """Any primitive with a forward-mode rule, and every `custom_jvp` function."""
+    """Any primitive with a forward-mode rule, and every `custom_jvp` function.
+
+    A linear primitive of another library is transposed by the rule that its author gave it.
+    """
 
     def forward(self, rules, eqn, active, values):
+        if _is_linear(eqn, rules, active):
+            if not has_transpose(eqn.primitive):
+                raise MissingRule(
+                    f"no backward rule for primitive '{eqn.primitive}', called at {eqn.source}, "
+                    "and none can be derived, since its forward-mode rule uses the primitive "
+                    f'itself: write one with @fb.defrule("{eqn.primitive}")'
+                )
+            fixed = [None if a else v for v, a in zip(values, active, strict=True)]
+            return eqn.bind(*values), fixed
         split = _split(eqn, rules, active)
         unknown = [None] * sum(active)
         results = evaluate(program_of(split.forward), [*values, *unknown])
@@ -89,6 +100,8 @@ class Derived(Rule):
         return results[:n], split.gather(values, results[:n], results[n:])
 
     def pullback(self, rules, eqn, active, kept, cts):
+        if _is_linear(eqn, rules, active):
+            return transpose(eqn, active, kept, cts)
         carries = [is_inexact(aval) for aval in eqn.out_avals]
         moving = [ct for ct, c in zip(cts, carries, strict=True) if c]
         half = _split(eqn, rules, active).backward((*(False,) * len(cts), *nonzero(moving)))

@@ -9,7 +9,6 @@ from fbackprop.program import primitive
 from fbackprop.table import joint, row
 
 
-
 def _reshape(ct, eqn):
     shape, order = eqn.in_avals[0].shape, eqn.params["dimensions"]
     if order is None:

@@ -151,6 +151,12 @@ FUNCTIONS = {
     "switch": lambda x: lax.switch(
         1, [jnp.sin, lambda x: jnp.exp(x) * jnp.tanh(x @ W), lambda x: 0 * x], x
     ),
+    "cond, with masks and keys kept": lambda x: lax.cond(
+        x[0, 0] > 0,
+        lambda x: jnp.where(jnp.cumsum(x) > 1, jnp.exp(x).ravel(), 2.0),
+        lambda x: jax.random.normal(jax.random.key(3), (6,)) * jax.nn.relu(jnp.sin(x).ravel()),
+        x,
+    ),
     "switch, clamped index": lambda x: lax.switch(7, [jnp.sin, jnp.cos], x),
     "scan": rnn,
     "scan, reverse": functools.partial(rnn, reverse=True),
