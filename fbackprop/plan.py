@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
-from fbackprop.program import Equation, Program, Var
+from fbackprop.program import Equation, Program, Var, program_of
 
 # Primitives that cost about as much as reading their operands.
 CHEAP = frozenset(
@@ -31,8 +31,6 @@ CHEAP = frozenset(
 def cheap(eqn: Equation) -> bool:
     """Whether to compute an equation again rather than keep its results."""
     if eqn.primitive.name == "jit":
-        from fbackprop.program import program_of
-
         return all(cheap(e) for e in program_of(eqn.params["jaxpr"]).equations)
     return eqn.primitive.name in CHEAP and not eqn.has_effects
 
@@ -159,6 +157,3 @@ class _Network:
             self.capacity[b][a] += flow
             edges[a] = iter(list(self.capacity[a]))  # the last edge may have more to give
         return True
-
-
-__all__ = ["cheap", "choose", "steps_between"]

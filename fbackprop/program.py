@@ -136,6 +136,24 @@ def evaluate(program: Program, values: Sequence) -> list:
     return [read(env, v) for v in program.outputs]
 
 
+def inlined(program: Program) -> Program:
+    """The same program with the equations of its jit-ted calls in the place of the calls."""
+
+    def run(program, values):
+        env = dict(program.constants)
+        env.update(zip(program.inputs, values, strict=True))
+        for eqn in program.equations:
+            operands = [read(env, v) for v in eqn.inputs]
+            if eqn.primitive.name == "jit":
+                outs = run(program_of(eqn.params["jaxpr"]), operands)
+            else:
+                outs = eqn.bind(*operands)
+            env.update(zip(eqn.outputs, outs, strict=True))
+        return [read(env, v) for v in program.outputs]
+
+    return trace(lambda *values: run(program, values), program.in_avals)
+
+
 def memoized(function):
     """Cache ``function(owner, *key)`` on the program or equation that owns it, while it lives."""
 

@@ -103,6 +103,8 @@ class _Sweep(NamedTuple):
             )
         expected = [cotangent_aval(v) for v in self.program.out_avals[: len(leaves)]]
         for leaf, aval in zip(leaves, expected, strict=True):
+            if not is_inexact(aval):
+                continue  # nothing flows back from an integer output, whatever is passed
             got = type_of(leaf)
             if (got.shape, got.dtype) != (aval.shape, aval.dtype):
                 raise ValueError(
@@ -192,7 +194,12 @@ def value_and_grad(
 
     @functools.wraps(f, assigned=_NAMES, updated=())
     def both(*args, **kwargs):
-        needed = max((i + 1 if i >= 0 else -i for i in chosen), default=0)
+        if min(chosen, default=0) < -len(args):
+            raise ValueError(
+                f"argnums={argnums} counts from the last of {len(args)} positional arguments: it "
+                f"must be at least {-len(args)}"
+            )
+        needed = max(chosen, default=0) + 1
         if needed > len(args):
             raise TypeError(
                 f"differentiating with respect to argnums={argnums} requires at least {needed} "
@@ -200,6 +207,8 @@ def value_and_grad(
                 f"{len(args)} positional arguments."
             )
         positions = [i % len(args) for i in chosen]
+        if len(set(positions)) < len(positions):
+            raise TypeError(f"argnums={argnums} names an argument twice: name each one once")
 
         def of_chosen(*values):
             full = list(args)

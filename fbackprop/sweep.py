@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from jax import lax
 
-from fbackprop.program import Equation, Literal, Program, Var, float0, is_inexact, memoized, read
+from fbackprop.program import Literal, Program, Var, is_inexact, memoized, read
 from fbackprop.table import Rules
 
 Mask = tuple[bool, ...]
@@ -93,6 +93,3 @@ def backward(rules: Rules, program: Program, active: Mask, tape: list, cts: Sequ
             if not isinstance(v, Literal):
                 add(v, ct)
     return [pending.get(v) for v in program.inputs]
-
-
-__all__ = ["Activity", "Equation", "activity", "backward", "float0", "forward"]

@@ -102,7 +102,7 @@ class LocalRule(Rule):
         outs = eqn.bind(*values)
         # Literals may be Python numbers; rules see arrays.
         values = [
-            v if hasattr(v, "dtype") else np.asarray(v, aval.dtype)
+            v if hasattr(v, "shape") else np.asarray(v, aval.dtype)
             for v, aval in zip(values, eqn.in_avals, strict=True)
         ]
         available: dict[str, Any] = dict(zip(OPERANDS, values, strict=False))

@@ -10,6 +10,7 @@ from fbackprop.program import (
     call,
     custom_vjp_halves,
     evaluate,
+    inlined,
     is_inexact,
     memoized,
     program_of,
@@ -20,12 +21,8 @@ from fbackprop.sweep import activity
 from fbackprop.table import Rule, Rules, register
 
 
-def everything(_) -> bool:
-    return True
-
-
 @memoized
-def _split(program: Program, rules: Rules, active, recompute=None) -> Split:
+def _split(program: Program, rules: Rules, active) -> Split:
     """A call's inputs and outputs are its caller's: both pass to the backward half for free."""
     return Split(
         rules,
@@ -33,53 +30,43 @@ def _split(program: Program, rules: Rules, active, recompute=None) -> Split:
         active,
         free_inputs=(True,) * len(program.inputs),
         free_outputs=(True,) * len(program.outputs),
-        **({} if recompute is None else {"recompute": recompute}),
     )
 
 
-class Jit(Rule):
-    """A jit-ted call stays one call forward and one backward, traced once however often called."""
-
-    def active_outputs(self, rules, eqn, active):
-        return activity(program_of(eqn.params["jaxpr"]), rules, active).outputs
-
-    def forward(self, rules, eqn, active, values):
-        split = _split(program_of(eqn.params["jaxpr"]), rules, active)
-        if split.extras:
-            results = call(eqn, split.forward, eqn.params["name"], values)
-        else:
-            results = eqn.bind(*values)
-        n = len(eqn.outputs)
-        return results[:n], split.gather(values, results[:n], results[n:])
-
-    def pullback(self, rules, eqn, active, kept, cts):
-        split = _split(program_of(eqn.params["jaxpr"]), rules, active)
-        half = split.backward(nonzero(cts))
-        values = [*kept, *(ct for ct in cts if ct is not None)]
-        return spread(call(eqn, half.jaxpr, eqn.params["name"] + "_pullback", values), half.reached)
-
-
 class Inline(Rule):
-    """A call whose halves run in place: `closed_call` and its like."""
+    """A call whose halves run in place."""
 
     jaxpr = "call_jaxpr"
-
-    def active_outputs(self, rules, eqn, active):
-        return activity(program_of(eqn.params[self.jaxpr]), rules, active).outputs
 
     def _split(self, rules, eqn, active) -> Split:
         return _split(program_of(eqn.params[self.jaxpr]), rules, active)
 
+    def _run(self, eqn, jaxpr, values, suffix="") -> list:
+        return evaluate(program_of(jaxpr), values)
+
+    def active_outputs(self, rules, eqn, active):
+        return activity(program_of(eqn.params[self.jaxpr]), rules, active).outputs
+
     def forward(self, rules, eqn, active, values):
         split = self._split(rules, eqn, active)
-        results = evaluate(program_of(split.forward), values)
+        # With nothing to add, the forward half is the call as it stands.
+        results = self._run(eqn, split.forward, values) if split.extras else eqn.bind(*values)
         n = len(eqn.outputs)
         return results[:n], split.gather(values, results[:n], results[n:])
 
     def pullback(self, rules, eqn, active, kept, cts):
         half = self._split(rules, eqn, active).backward(nonzero(cts))
         values = [*kept, *(ct for ct in cts if ct is not None)]
-        return spread(evaluate(program_of(half.jaxpr), values), half.reached)
+        return spread(self._run(eqn, half.jaxpr, values, "_pullback"), half.reached)
+
+
+class Jit(Inline):
+    """A jit-ted call stays one call forward and one backward, traced once however often called."""
+
+    jaxpr = "jaxpr"
+
+    def _run(self, eqn, jaxpr, values, suffix=""):
+        return call(eqn, jaxpr, eqn.params["name"] + suffix, values)
 
 
 class Remat(Inline):
@@ -103,15 +90,13 @@ class Remat(Inline):
 @memoized
 def _checkpointed(program: Program, rules: Rules, active, policy) -> Split:
     def recompute(eqn) -> bool:
-        if eqn.has_effects:
-            return False
-        if policy is None:
-            return True
-        return not _saves(policy(eqn.primitive, *eqn.in_avals, **eqn.params))
+        return not eqn.has_effects and (
+            policy is None or not _saves(policy(eqn.primitive, *eqn.in_avals, **eqn.params))
+        )
 
     return Split(
         rules,
-        program,
+        program if policy is None else inlined(program),  # policies speak of single equations
         active,
         free_inputs=(True,) * len(program.inputs),
         free_outputs=(False,) * len(program.outputs),

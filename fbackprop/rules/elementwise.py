@@ -9,10 +9,9 @@ from __future__ import annotations
 import numpy as np
 from jax import lax
 
-from fbackprop.program import primitive
 from fbackprop.table import fit, joint, row, zero
 
-# --- arithmetic ---------------------------------------------------------------------------------
+# --- arithmetic -----------------------------------------------------------------------------------
 
 
 def constant(x, value):
@@ -31,9 +30,13 @@ def stretch(x, shape):
     return lax.broadcast_in_dim(x, shape, range(len(shape)) if x.ndim else ())
 
 
-def like(result, aval):
-    """A product formed in another dtype, brought to that of its operand."""
-    return lax.convert_element_type(result, aval.dtype)
+def product(a, b, aval):
+    """A product of the type `aval`, whose factors may be of different precisions."""
+    if a.dtype != b.dtype:
+        wide = np.promote_types(a.dtype, b.dtype)
+        a, b = lax.convert_element_type(a, wide), lax.convert_element_type(b, wide)
+    out = lax.mul(a, b)
+    return out if out.dtype == aval.dtype else lax.convert_element_type(out, aval.dtype)
 
 
 row("neg", lambda ct: lax.neg(ct))
@@ -42,8 +45,8 @@ row("add_any", lambda ct: ct, lambda ct: ct)
 row("sub", lambda ct: ct, lambda ct: lax.neg(ct))
 row(
     "mul",
-    lambda ct, y, eqn: like(lax.mul(*same_dtype(ct, y)), eqn.in_avals[0]),
-    lambda ct, x, eqn: like(lax.mul(*same_dtype(x, ct)), eqn.in_avals[1]),
+    lambda ct, y, eqn: product(ct, y, eqn.in_avals[0]),
+    lambda ct, x, eqn: product(x, ct, eqn.in_avals[1]),
 )
 
 
@@ -63,12 +66,6 @@ row(
 )
 row("square", lambda ct, x: lax.mul(ct, scale(x, 2)))
 row("one_minus_square", lambda ct, x: lax.mul(ct, scale(x, -2)))
-
-
-def same_dtype(a, b):
-    """Two factors in their common dtype (mixed-precision products keep their operands')."""
-    dtype = np.promote_types(a.dtype, b.dtype)
-    return lax.convert_element_type(a, dtype), lax.convert_element_type(b, dtype)
 
 
 @joint("integer_pow")
@@ -97,7 +94,7 @@ def _nonzero(x):
 
 row("pow", _pow_x, lambda ct, x, out: lax.mul(ct, lax.mul(lax.log(_nonzero(x)), out)))
 
-# --- exponentials and roots ----------------------------------------------------------------------
+# --- exponentials and roots -----------------------------------------------------------------------
 
 row("exp", lambda ct, out: lax.mul(ct, out))
 row("exp2", lambda ct, out: lax.mul(ct, scale(out, np.log(2))))
@@ -109,7 +106,7 @@ row("sqrt", lambda ct, out: lax.mul(ct, lax.div(lax.full_like(out, 0.5), out)))
 row("rsqrt", lambda ct, x, out: lax.mul(ct, scale(lax.div(out, x), -0.5)))
 row("cbrt", lambda ct, out: lax.mul(ct, scale(lax.integer_pow(out, -2), 1 / 3)))
 
-# --- trigonometric and hyperbolic ----------------------------------------------------------------
+# --- trigonometric and hyperbolic -----------------------------------------------------------------
 
 
 def _one_minus_square(x):
@@ -207,7 +204,7 @@ def _select_n(ct, x, eqn):
     return (None, *(lax.select_n(x, *case) for case in cases))
 
 
-# --- types ------------------------------------------------------------------------------------------
+# --- types ----------------------------------------------------------------------------------------
 
 
 @joint("convert_element_type")
@@ -253,5 +250,3 @@ zero(
     reduce_and reduce_or reduce_xor platform_index
     """.split()
 )
-
-_ = primitive

@@ -56,7 +56,7 @@ row(
     lambda ct, x, eqn: _dot_pullback(ct, x, eqn, 1),
 )
 
-# --- conv_general_dilated --------------------------------------------------------------------------
+# --- conv_general_dilated -------------------------------------------------------------------------
 #
 # A convolution is a product in which each spatial axis has three lengths: image, kernel and result.
 # Spread by its dilation (the result by the stride), they satisfy

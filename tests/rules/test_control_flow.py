@@ -276,3 +276,17 @@ def test_dtypes_follow_primals():
         assert fb.grad(f)(X.astype(dtype)).dtype == dtype
     with jax.enable_x64(True):
         assert fb.grad(f)(np.asarray(X, np.float64)).dtype == jnp.float64
+
+
+def test_checkpoint_policy_reaches_into_calls():
+    """What a policy saves is saved, in the jit-ted `jnp.einsum` too: no product is run again."""
+
+    def f(x):
+        body = lambda y: jnp.sin(jnp.einsum("ij,jk->ik", jnp.sin(y), W))  # noqa: E731
+        return jnp.sum(jax.checkpoint(body, policy=POLICIES.dots_saveable)(x))
+
+    def products(gradient):
+        return str(jax.make_jaxpr(gradient)(X)).count("dot_general")
+
+    assert products(fb.grad(f)) == products(jax.grad(f))
+    assert_close(fb.grad(f)(X), jax.grad(f)(X))
