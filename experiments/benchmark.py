@@ -40,7 +40,7 @@ class Settings:
     traces: int = 7
     """Pairs of traces, each from empty caches, that are timed."""
     compilations: int = 3
-    """Pairs of compilations that are timed."""
+    """Pairs of compilations that are timed, no more than of traces."""
     out: Path = Path("runs/benchmark")
     """Where the table (JSON) and the figure (PNG) go."""
 
@@ -86,11 +86,15 @@ def measure(program: Program, settings: Settings) -> dict[str, Ratio]:
 
         return jax.jit(step).lower(program.params, program.data)
 
-    lowered(0), lowered(1)  # imports and first uses are not part of it
-    traces = _alternate(lowered, settings.traces, fresh=True)
-    ready = [lowered(side) for side in (0, 1)]
-    compilations = _alternate(lambda side: ready[side].compile(), settings.compilations, fresh=True)
-    compiled: list[Any] = [low.compile() for low in ready]
+    # Each compilation needs a lowering of its own: JAX remembers what it has compiled of one.
+    compiled: list[Any] = [lowered(side).compile() for side in (0, 1)]
+    ready: tuple[list[Any], list[Any]] = ([], [])
+    traces = _alternate(lambda side: ready[side].append(lowered(side)), settings.traces, fresh=True)
+    compilations = _alternate(
+        lambda side: ready[side].pop().compile(),
+        min(settings.compilations, settings.traces),
+        fresh=True,
+    )
 
     def execute(side: int):
         return jax.block_until_ready(compiled[side](program.params, program.data))
@@ -137,8 +141,8 @@ def _check(ours, theirs) -> None:
 
 def table_of(results: dict[str, dict[str, Ratio]]) -> Table:
     """A row per program, the geometric means last."""
-    table = Table(title="fbackprop over jax.value_and_grad (below 1 is better)")
-    table.add_column("program")
+    table = Table(title="fbackprop over jax.value_and_grad (below 1 is better)", box=None)
+    table.add_column("program", no_wrap=True)
     for title in MEASURES.values():
         table.add_column(title, justify="right")
     for name, ratios in results.items():
@@ -150,11 +154,11 @@ def table_of(results: dict[str, dict[str, Ratio]]) -> Table:
 
 
 def _cell(measure: str, ratio: Ratio) -> str:
+    """The ratio; with half its interquartile range where it was timed."""
     if measure in ("run", "trace", "compile"):
         spread = (ratio.upper - ratio.lower) / 2
-        return f"{ratio.median:.3f} ±{spread:.3f} ({ratio.jax * 1e3:.3g} ms)"
-    unit = f" ({ratio.jax / 1e6:.3g} MB)" if measure != "hlo" else f" ({ratio.jax:.0f})"
-    return f"{ratio.median:.3f}{unit}"
+        return f"{ratio.median:.3f} ±{spread:.3f}"
+    return f"{ratio.median:.3f}"
 
 
 def geometric_mean(results: dict[str, dict[str, Ratio]], measure: str) -> float:
