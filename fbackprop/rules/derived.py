@@ -74,7 +74,7 @@ def _is_linear(eqn: Equation, rules: Rules, active) -> bool:
     tangents = tuple(i >= len(eqn.inputs) for i in range(len(program.inputs)))
     steps = activity(program, rules, tangents).steps
     moving = zip(program.equations, steps, strict=True)
-    return any(a is not None and e.primitive is eqn.primitive for e, a in moving)
+    return any(e.primitive is eqn.primitive and a == active for e, a in moving)
 
 
 class Derived(Rule):

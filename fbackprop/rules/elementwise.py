@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from jax import lax
 
+from fbackprop.program import primitive
 from fbackprop.table import fit, joint, row, zero
 
 # --- arithmetic -----------------------------------------------------------------------------------
@@ -233,7 +234,15 @@ def _conj(ct, eqn):
 row("copy", lambda ct: ct)
 row("copy_p", lambda ct: ct)
 row("name", lambda ct: ct)
-row("device_put", lambda ct: ct)
+
+
+@joint("device_put")
+def _device_put(cts, eqn):
+    """Cotangents travel back to where their operands came from."""
+    p = eqn.params
+    return primitive("device_put").bind(
+        *cts, devices=p["srcs"], srcs=p["devices"], copy_semantics=p["copy_semantics"]
+    )
 
 
 @joint("optimization_barrier")

@@ -1,0 +1,46 @@
+"""The benchmark: its ratios, its one-line errors, and that every program's gradient is right."""
+
+import json
+
+import jax
+import pytest
+from agreement import assert_close
+
+import fbackprop as fb
+from experiments import benchmark
+from experiments.programs import PROGRAMS, build
+
+
+def test_ratio_is_the_median_of_pairs():
+    ratio = benchmark.Ratio.of([1.0, 4.0, 9.0], [2.0, 4.0, 6.0])
+    assert (ratio.lower, ratio.median, ratio.upper, ratio.jax) == (0.75, 1.0, 1.25, 4.0)
+
+
+def test_writes_table_figure_and_json(tmp_path, capsys):
+    quick = ["--repeats", "2", "--traces", "1", "--compilations", "1", "--out", str(tmp_path)]
+    assert benchmark.main(["--programs", "normalising-flow", *quick]) == 0
+    assert "geometric mean" in capsys.readouterr().out
+    ratios = json.loads((tmp_path / "benchmark.json").read_text())["ratios"]
+    assert set(ratios["normalising-flow"]) == set(benchmark.MEASURES)
+    assert (tmp_path / "benchmark.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"), [(["--programs", "nope"], "nope"), (["--repeats", "0"], "--repeats")]
+)
+def test_wrong_options_are_one_line(arguments, word, capsys):
+    assert benchmark.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_gradients_of_every_program_agree(name):
+    program = build(name)
+
+    def gradient(grad):
+        return jax.jit(grad(lambda p: program.loss(p, program.data, grad)))(program.params)
+
+    with jax.numpy_rank_promotion("allow"):
+        assert_close(gradient(fb.grad), gradient(jax.grad), scale=100)
