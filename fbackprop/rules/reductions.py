@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fbackprop.program import trace, type_of
+from fbackprop.program import is_inexact, trace, type_of
 from fbackprop.sweep import backward, forward
 from fbackprop.table import Rules, joint, row
 
@@ -103,7 +103,7 @@ def _sort(cts, xs, eqn):
     iota = lax.broadcasted_iota(np.int32, xs[0].shape, axis)
     *_, order = lax.sort((*xs, iota), dimension=axis, is_stable=p["is_stable"], num_keys=n_keys)
     # Sorting the order itself gives the inverse permutation, and carries the cotangents along.
-    inexact = [np.issubdtype(x.dtype, np.inexact) for x in xs]
+    inexact = [is_inexact(aval) for aval in eqn.in_avals]
     moved = lax.sort(
         (order, *(ct for ct, i in zip(cts, inexact, strict=True) if i)), dimension=axis, num_keys=1
     )
