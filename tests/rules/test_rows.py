@@ -46,6 +46,7 @@ UNARY = {
     "sinh": (jnp.sinh, X),
     "cosh": (jnp.cosh, X),
     "tanh": (jnp.tanh, X),
+    "tanh's derivative": (lambda x: jax.jvp(jnp.tanh, (x,), (jnp.ones_like(x),))[1], X),
     "asinh": (jnp.arcsinh, X),
     "acosh": (jnp.arccosh, P + 1),
     "atanh": (jnp.arctanh, U),
@@ -180,7 +181,7 @@ REDUCTIONS = {
     "median": lambda x: jnp.median(x, 1),
 }
 
-INDEX = np.array([1, 0, 1])
+INDEX = np.array([1, 0, 1], np.int32)
 INDEXING = {
     "dynamic_slice": lambda x: lax.dynamic_slice(x, (1, 5), (1, 2)),
     "dynamic_update_slice": lambda x: lax.dynamic_update_slice(x, x[:1, :2] * 3, (1, -1)),
@@ -281,7 +282,7 @@ def test_at_special_values(name):
     ours, theirs = (lib.vjp(f, *args)[1](ones) for lib in (fb, jax))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
-        np.testing.assert_allclose(a, b, rtol=2e-6)
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-30)  # overflows on the way differ
 
 
 DIFFERENTIABLE = [n for n in CASES if "ties" not in n]
@@ -293,7 +294,15 @@ def test_against_differences(name):
     f, *args = CASES[name]
     with jax.enable_x64(True):
         report = fb.check_grads(f, *[jnp.asarray(x, jnp.float64) for x in args], samples=4)
-    discontinuous = ("reduce_precision", "rem", "random", "round", "sort, several", "twice")
+    discontinuous = (
+        "stop_gradient",
+        "reduce_precision",
+        "rem",
+        "random",
+        "round",
+        "sort, several",
+        "twice",
+    )
     if not any(word in name for word in discontinuous):
         assert report.ok, f"\n{report}"
 
@@ -320,7 +329,7 @@ def test_complex(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("conv")])
+@pytest.mark.parametrize("name", [n for n in NARROW if n != "dot: wider result"])
 def test_second_order(name):
     """Rules are made of primitives with rules: the gradient of a gradient's norm."""
     f, *args = CASES[name]
