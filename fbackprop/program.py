@@ -23,6 +23,7 @@ from jax.extend.core import Literal, Primitive, Var
 
 type_of = jax.typeof
 float0 = jax.dtypes.float0
+UNKNOWN_LINE = "an unknown line"
 
 
 class Equation:
@@ -57,7 +58,7 @@ class Equation:
     @property
     def source(self) -> str:
         """The line of the user's code that called the primitive, ``file:line (function)``."""
-        return source_info_util.summarize(self._eqn.source_info) or "an unknown line"
+        return source_info_util.summarize(self._eqn.source_info) or UNKNOWN_LINE
 
     @property
     def has_effects(self) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from jax import lax
 
 from fbackprop.program import Literal, Program, Var, is_inexact, memoized, read
-from fbackprop.table import Rules
+from fbackprop.table import MissingRule, Rules
 
 Mask = tuple[bool, ...]
 
@@ -32,7 +32,10 @@ class Activity:
         self.steps: list[Mask | None] = []
         for eqn in program.equations:
             mask = tuple(isinstance(v, Var) and v in live for v in eqn.inputs)
-            outs = rules.of(eqn).active_outputs(rules, eqn, mask) if any(mask) else ()
+            try:
+                outs = rules.of(eqn).active_outputs(rules, eqn, mask) if any(mask) else ()
+            except MissingRule as error:
+                raise error.seen_from(eqn) from None
             live.update(v for v, a in zip(eqn.outputs, outs, strict=False) if a)
             self.steps.append(mask if any(outs) else None)
         self.outputs = tuple(isinstance(v, Var) and v in live for v in program.outputs)

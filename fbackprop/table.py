@@ -27,6 +27,7 @@ import numpy as np
 from jax import lax
 
 from fbackprop.program import (
+    UNKNOWN_LINE,
     Equation,
     Primitive,
     cotangent_aval,
@@ -40,7 +41,28 @@ OPERANDS = "xyz"
 
 
 class MissingRule(NotImplementedError):
-    """A primitive has no hand-written backward rule, and the sweep was asked to be strict."""
+    """A primitive has no backward rule: none in the table when strict, or none that can be had.
+
+    Attributes:
+      primitive: its name.
+      source: the line of the user's code that called it.
+    """
+
+    def __init__(self, primitive: Primitive, source: str, remedy: str):
+        self.primitive, self.source, self.remedy = str(primitive), source, remedy
+        super().__init__(
+            f"no backward rule for primitive '{primitive}', called at {source}: write one with "
+            f'@fb.defrule("{primitive}"){remedy}'
+        )
+
+    def seen_from(self, eqn: Equation) -> MissingRule:
+        """The same error at the line of an enclosing call, where the inner one is not known.
+
+        Library functions are traced once for all their callers, without any caller's line.
+        """
+        if self.source != UNKNOWN_LINE:
+            return self
+        return MissingRule(self.primitive, eqn.source, self.remedy)
 
 
 class Rule:
@@ -172,11 +194,8 @@ class Rules:
         if rule is not None:
             return rule
         if self.strict and any(is_inexact(aval) for aval in eqn.out_avals):
-            raise MissingRule(
-                f"no backward rule for primitive '{eqn.primitive}', called at {eqn.source}: "
-                f'write one with @fb.defrule("{eqn.primitive}"), or pass strict=False to derive '
-                "it from the primitive's forward-mode rule"
-            )
+            remedy = ", or pass strict=False to derive it from the primitive's forward-mode rule"
+            raise MissingRule(eqn.primitive, eqn.source, remedy)
         return DERIVED[0]
 
 

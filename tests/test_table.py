@@ -45,6 +45,11 @@ def test_strict_names_primitive_line_and_remedy(cubed):
         fb.grad(jax.jit(f_of(cubed)), strict=True)(X)
 
 
+def test_the_line_is_the_users_though_a_library_called():
+    with pytest.raises(fb.MissingRule, match="test_table.py"):
+        fb.grad(lambda x: jnp.sum(jnp.linalg.cholesky(x)), strict=True)(jnp.eye(2))
+
+
 def test_defrule_adds_a_row(cubed):
     @fb.defrule(cubed)
     def rule(ct, x):

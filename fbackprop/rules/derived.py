@@ -86,11 +86,8 @@ class Derived(Rule):
     def forward(self, rules, eqn, active, values):
         if _is_linear(eqn, rules, active):
             if not has_transpose(eqn.primitive):
-                raise MissingRule(
-                    f"no backward rule for primitive '{eqn.primitive}', called at {eqn.source}, "
-                    "and none can be derived, since its forward-mode rule uses the primitive "
-                    f'itself: write one with @fb.defrule("{eqn.primitive}")'
-                )
+                remedy = " (none can be derived, since its forward-mode rule uses it itself)"
+                raise MissingRule(eqn.primitive, eqn.source, remedy)
             fixed = [None if a else v for v, a in zip(values, active, strict=True)]
             return eqn.bind(*values), fixed
         split = _split(eqn, rules, active)

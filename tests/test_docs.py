@@ -1,0 +1,41 @@
+"""The documentation is true: every example runs, every public name is in the reference."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import fbackprop as fb
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = [m.name for m in pkgutil.walk_packages(fb.__path__, "fbackprop.")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_examples_of_the_page_run(page):
+    assert doctest.testfile(str(page), module_relative=False).failed == 0
+
+
+@pytest.mark.parametrize("name", ["fbackprop", *MODULES])
+def test_examples_of_the_module_run(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_every_public_name_is_in_the_reference():
+    listed = (ROOT / "docs" / "api.md").read_text()
+    modules = {"losses", "networks", "check", "program", "reverse", "rules", "split", "sweep"}
+    modules |= {"plan", "table"}
+    names = {n for n in vars(fb) if not n.startswith("_")} - modules
+    missing = [n for n in names if not re.search(rf"- {n}\b", listed)]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
