@@ -21,7 +21,7 @@ from fbackprop.program import Equation, Program, Var, program_of
 CHEAP = frozenset(
     """
     abs add add_any and broadcast_in_dim ceil clamp complex conj convert_element_type copy div
-    eq expand_dims floor ge gt imag integer_pow iota is_finite le lt max min mul ne neg not
+    eq floor ge gt imag integer_pow iota is_finite le lt max min mul ne neg not
     one_minus_square or pad real reshape rev round select_n sign slice split square squeeze stack
     stop_gradient sub tile transpose unstack xor concatenate
     """.split()

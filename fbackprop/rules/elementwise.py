@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from fbackprop.program import primitive
-from fbackprop.table import fit, joint, row, zero
+from fbackprop.table import LocalRule, fit, joint, register, row, zero
 
 # --- arithmetic -----------------------------------------------------------------------------------
 
@@ -167,6 +167,24 @@ def _abs(ct, x, out):
     return lax.mul(lax.convert_element_type(ct, x.dtype), unit)
 
 
+def _complex_sign(ct, x, out):
+    """A complex number's direction turns with what of a change is at right angles to it."""
+    turn = lax.div(lax.imag(lax.mul(ct, out)), _nonzero(lax.abs(x)))
+    return lax.mul(lax.conj(out), lax.complex(lax.full_like(turn, 0), turn))
+
+
+class _Sign(LocalRule):
+    """The sign of a real number has no derivative to pass on."""
+
+    def active_outputs(self, rules, eqn, active):
+        is_complex = np.issubdtype(eqn.out_avals[0].dtype, np.complexfloating)
+        return super().active_outputs(rules, eqn, active) if is_complex else (False,)
+
+
+register("sign", _Sign([_complex_sign], joint=True))
+row("nextafter", lambda ct: ct, None)
+
+
 def _share(x, y, out):
     """1 where x is the result, 1/2 where both are, 0 elsewhere."""
     won = lax.select(lax.eq(x, out), lax.full_like(out, 1), lax.full_like(out, 0))
@@ -232,7 +250,6 @@ def _conj(ct, eqn):
 
 
 row("copy", lambda ct: ct)
-row("copy_p", lambda ct: ct)
 row("name", lambda ct: ct)
 
 
@@ -252,10 +269,10 @@ def _optimization_barrier(cts):
 
 zero(
     *"""
-    stop_gradient sign floor ceil round is_finite nextafter not and or xor eq ne ge gt le lt eq_to
+    stop_gradient floor ceil round is_finite not and or xor eq ne ge gt le lt eq_to
     le_to lt_to shift_left shift_right_arithmetic shift_right_logical population_count clz mulhi
     iota argmax argmin bitcast_convert_type random_bits random_fold_in random_seed random_split
-    random_wrap random_unwrap threefry2x32 rng_bit_generator rng_uniform axis_index empty
+    threefry2x32 rng_bit_generator rng_uniform axis_index empty
     reduce_and reduce_or reduce_xor platform_index
     """.split()
 )

@@ -19,7 +19,6 @@ def _reshape(ct, eqn):
 
 row("reshape", _reshape)
 row("squeeze", lambda ct, eqn: lax.reshape(ct, eqn.in_avals[0].shape))
-row("expand_dims", lambda ct, eqn: lax.reshape(ct, eqn.in_avals[0].shape))
 row("rev", lambda ct, eqn: lax.rev(ct, eqn.params["dimensions"]))
 row("transpose", lambda ct, eqn: lax.transpose(ct, np.argsort(eqn.params["permutation"])))
 

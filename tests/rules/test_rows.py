@@ -345,6 +345,13 @@ def test_second_order(name):
     assert_close(penalty(fb.grad)(*args), penalty(jax.grad)(*args), scale=50)
 
 
+def test_complex_sign():
+    """Against differences: older releases of JAX take its derivative to be zero."""
+    z = jnp.asarray(X + 1j * Y, jnp.complex64)
+    (row,) = fb.check_grads(jnp.sign, z).rows
+    assert row.fd_rel_error < 1e-5
+
+
 def primitives_in(jaxpr) -> set:
     found = set()
     for eqn in program_of(jaxpr).equations:
@@ -358,7 +365,13 @@ def primitives_in(jaxpr) -> set:
 
 
 # Rows that arise in derivatives of others, under `shard_map`, or in both passes of other tests.
-ELSEWHERE = {"pvary", "psum_invariant", "select_and_scatter_add", "select_and_gather_add"}
+ELSEWHERE = {
+    "nextafter",
+    "pvary",
+    "psum_invariant",
+    "select_and_scatter_add",
+    "select_and_gather_add",
+}
 
 
 def test_every_row_has_a_test():
