@@ -7,6 +7,7 @@ from fbackprop.rules import (  # noqa: F401
     elementwise,
     indexing,
     layout,
+    linalg,
     loops,
     products,
     reductions,

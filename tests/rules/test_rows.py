@@ -227,10 +227,29 @@ WINDOWS = {
     "sum, dilated": lambda x: pool(x, 0.0, lax.add, (2, 2), (1, 2), "VALID", (1, 2), (2, 1)),
 }
 
+MATRICES = np.sin(np.arange(18.0)).reshape(2, 3, 3) + 2 * np.eye(3)
+RIGHT = np.cos(np.arange(12.0)).reshape(2, 3, 2)
+
+
+def solve(**options):
+    """Solve with a triangle of the matrices; what stands outside it must not matter."""
+    rights = RIGHT if options["left_side"] else RIGHT.swapaxes(1, 2)
+    return (lambda a, b: lax.linalg.triangular_solve(a, b, **options), MATRICES, rights)
+
+
+LINALG = {
+    "solve, lower": solve(left_side=True, lower=True),
+    "solve, upper": solve(left_side=True, lower=False),
+    "solve, transposed": solve(left_side=True, lower=True, transpose_a=True),
+    "solve from the right": solve(left_side=False, lower=False),
+    "solve from the right, transposed": solve(left_side=False, lower=True, transpose_a=True),
+    "solve, unit diagonal": solve(left_side=True, lower=True, unit_diagonal=True),
+}
+
 CASES = {}
 for _name, (_f, *_args) in {**UNARY, **BINARY}.items():
     CASES[f"elementwise: {_name}"] = (_f, *_args)
-for _kind, _table in {"conv": CONVOLUTIONS, "dot": PRODUCTS}.items():
+for _kind, _table in {"conv": CONVOLUTIONS, "dot": PRODUCTS, "linalg": LINALG}.items():
     CASES |= {f"{_kind}: {name}": case for name, case in _table.items()}
 for _kind, _table in {"layout": LAYOUTS, "reduction": REDUCTIONS, "indexing": INDEXING}.items():
     CASES |= {f"{_kind}: {name}": (f, X) for name, f in _table.items()}
@@ -248,7 +267,10 @@ def test_in_float64(name):
         assert_same_vjp(f, *args, scale=10)
 
 
-NARROW = [n for n in CASES if not n.startswith(("conv", "dot"))] + ["conv: plain", "dot: batched"]
+NARROW = [n for n in CASES if not n.startswith(("conv", "dot", "linalg"))] + [
+    "conv: plain",
+    "dot: batched",
+]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -318,6 +340,9 @@ COMPLEX = {
     "matrix product": lambda z: z @ z.T.conj(),
     "where": lambda z: jnp.where(jnp.real(z) > 0, z, z.conj()),
     "cast": lambda z: jnp.real(z).astype(z.dtype) * z,
+    "triangular solve": lambda z: lax.linalg.triangular_solve(
+        z[:, :2] + 2, z, left_side=True, transpose_a=True, conjugate_a=True
+    ),
     "prod and cumsum": lambda z: jnp.prod(z, 1) + jnp.cumsum(z, 1)[:, -1],
 }
 
