@@ -561,13 +561,13 @@ def primitive(name: str) -> Primitive:
 
 @functools.cache
 def _primitives_by_name() -> dict[str, Primitive]:
-    from jax._src import ad_checkpoint, pjit
+    from jax._src import ad_checkpoint, pjit, shard_map
     from jax._src.lax import control_flow, lax, parallel, slicing, special, windowed_reductions
     from jax.extend.core import primitives
 
     modules: Iterable = (
         primitives, core, lax, slicing, special, windowed_reductions, control_flow, parallel,
-        ad_checkpoint, pjit, ad_util,
+        ad_checkpoint, pjit, shard_map, ad_util,
     )  # fmt: skip
     found = (v for module in modules for v in vars(module).values() if isinstance(v, Primitive))
     return {p.name: p for p in reversed(list(found))}

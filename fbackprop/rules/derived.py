@@ -73,8 +73,17 @@ def _is_linear(eqn: Equation, rules: Rules, active) -> bool:
     program, _ = tangent_program(eqn, active)
     tangents = tuple(i >= len(eqn.inputs) for i in range(len(program.inputs)))
     steps = activity(program, rules, tangents).steps
-    moving = zip(program.equations, steps, strict=True)
-    return any(e.primitive is eqn.primitive and a == active for e, a in moving)
+    for e, moving in zip(program.equations, steps, strict=True):
+        if moving is None or e.primitive is not eqn.primitive:
+            continue
+        if len(moving) != len(active):  # a construct that carries its own tangents along
+            raise MissingRule(eqn.primitive, eqn.source, ENDLESS)
+        if moving == active:
+            return True
+    return False
+
+
+ENDLESS = " (none can be derived, since its forward-mode rule uses the primitive itself)"
 
 
 class Derived(Rule):
@@ -86,8 +95,7 @@ class Derived(Rule):
     def forward(self, rules, eqn, active, values):
         if _is_linear(eqn, rules, active):
             if not has_transpose(eqn.primitive):
-                remedy = " (none can be derived, since its forward-mode rule uses it itself)"
-                raise MissingRule(eqn.primitive, eqn.source, remedy)
+                raise MissingRule(eqn.primitive, eqn.source, ENDLESS)
             fixed = [None if a else v for v, a in zip(values, active, strict=True)]
             return eqn.bind(*values), fixed
         split = _split(eqn, rules, active)
