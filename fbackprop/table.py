@@ -38,6 +38,7 @@ from fbackprop.program import (
 )
 
 OPERANDS = "xyz"
+NAMES = frozenset({"ct", "cts", "eqn", "out", "outs", "xs", *OPERANDS})
 
 
 class MissingRule(NotImplementedError):
@@ -99,6 +100,12 @@ class LocalRule(Rule):
         self.joint = joint
         self.pullbacks = tuple(pullbacks)
         self.names = tuple(f and tuple(inspect.signature(f).parameters) for f in pullbacks)
+        unknown = {name for names in self.names for name in names or ()} - NAMES
+        if unknown:
+            raise TypeError(
+                f"a backward rule has parameters {sorted(unknown)}, which name nothing: choose "
+                f"from {', '.join(sorted(NAMES))}"
+            )
         self.kept_names = functools.cache(self._kept_names)
 
     def active_outputs(self, rules, eqn, active):
@@ -258,6 +265,7 @@ def defrule(name: str | Primitive):
 
     Raises:
       ValueError: if this JAX has no primitive of that name, or if it has a rule already.
+      TypeError: if the rule has a parameter of another name.
 
     Example:
       >>> import jax, jax.numpy as jnp, fbackprop as fb

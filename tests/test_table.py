@@ -75,6 +75,11 @@ def test_wrong_rules_are_named(cubed, rule, message):
     assert "'cubed'" in str(info.value) and "test_table.py" in str(info.value)
 
 
+def test_parameters_are_chosen_by_name(cubed):
+    with pytest.raises(TypeError, match=r"\['g'\].*choose from ct, cts, eqn, out"):
+        fb.defrule(cubed)(lambda g, x: g)
+
+
 def test_unknown_primitive():
     with pytest.raises(ValueError, match="no primitive called 'sine'"):
         fb.defrule("sine")
