@@ -3,9 +3,8 @@
 This is ``fb.check_grads`` on six networks in three precisions. The error of a parameter's gradient
 against ``jax.grad`` is max|difference| / max|gradient|, at most 1e-12 in float64, 1e-5 in float32
 and eight units in the last place in bfloat16; NaNs and infinities must stand in the same places.
-Against central
-differences, taken in float64, the library's own wider tolerances hold, save in bfloat16, where
-the differences are only shown.
+Against central differences, taken in float64, the library's own wider tolerances hold, save in
+bfloat16, where the differences are only shown.
 """
 
 import dataclasses
