@@ -27,7 +27,7 @@ def _body_activity(body: Program, rules: Rules, active, n_consts: int, n_carry: 
         outs = activity(body, rules, inputs).outputs
         grown = tuple(a or b for a, b in zip(carry, outs, strict=False))
         if grown == carry:
-            return inputs, outs
+            return inputs, (*carry, *outs[n_carry:])  # no iteration passes the carry through
         carry = grown
 
 

@@ -166,6 +166,9 @@ FUNCTIONS = {
     "scan, constant": lambda x: learned_scan(jnp.tile(x[0], (3, 1))),
     "scan, no carry": lambda x: lax.scan(lambda _, y: (None, jnp.sin(y)), None, x)[1],
     "scan, length zero": lambda x: lax.scan(lambda c, y: (c + y, c * y), x[0], x[:0]),
+    "scan, length zero, carry reset": lambda x: lax.scan(
+        lambda c, _: (jnp.zeros_like(c), None), x, None, length=0
+    )[0],
     "scan of scan": lambda x: lax.scan(lambda c, y: (rnn(x * c[0])[0] + y, None), x[0], x)[0],
     "scan with keys": dropout_like,
     "scan of cond": lambda x: lax.scan(
