@@ -394,14 +394,15 @@ def prune(jaxpr, keep: Sequence[bool]):
     consts = tuple(getattr(jaxpr, "consts", ()))
     n = len(inner.constvars)
     opened = partial_eval.convert_constvars_jaxpr(inner) if n else inner
-    pruned, used = partial_eval.dce_jaxpr(opened, list(keep), [True] * len(opened.invars))
-    used = _read_variables(pruned, opened.invars)
+    pruned, _ = partial_eval.dce_jaxpr(opened, list(keep), [True] * len(opened.invars))
+    used = _read_variables(pruned)
     if n:
         pruned = partial_eval.convert_invars_to_constvars(pruned, n)
     return close(pruned, consts), used[n:]
 
 
-def _read_variables(jaxpr, _) -> list[bool]:
+def _read_variables(jaxpr) -> list[bool]:
+    """Which inputs any equation or output reads."""
     seen = {v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, Var)}
     seen.update(v for v in jaxpr.outvars if isinstance(v, Var))
     return [v in seen for v in jaxpr.invars]

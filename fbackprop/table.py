@@ -10,7 +10,7 @@ pass it says by the names of its parameters:
     ``out``, ``outs``    the result, the results
     ``eqn``              static facts: ``eqn.params``, ``eqn.in_avals``, ``eqn.out_avals``
 
-so that ``defrule("mul", lambda ct, y: ct * y, lambda ct, x: ct * x)`` is the whole rule of the
+so that ``row("mul", lambda ct, y: ct * y, lambda ct, x: ct * x)`` is the whole rule of the
 product, and the engine knows, without running it, that the cotangent of ``x`` needs ``y`` alone.
 Scalars and axes of size one broadcast: the engine sums their cotangents, no rule has to.
 """

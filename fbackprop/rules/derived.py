@@ -25,6 +25,7 @@ from fbackprop.sweep import activity
 from fbackprop.table import DERIVED, MissingRule, Rule, Rules, register
 
 
+@memoized
 def tangent_program(eqn: Equation, active):
     """The program (operands, tangents of the active ones) -> (results, their tangents)."""
     n = len(eqn.inputs)
