@@ -23,6 +23,9 @@ from jax.extend.core import Literal, Primitive, Var
 
 type_of = jax.typeof
 float0 = jax.dtypes.float0
+# Whether `cholesky` takes its matrix to be given by the lower triangle, or every element for a
+# variable of its own, when it is differentiated.
+CHOLESKY_READS_ONE_TRIANGLE = jax.__version_info__ >= (0, 11, 2)
 UNKNOWN_LINE = "an unknown line"
 
 
@@ -70,10 +73,10 @@ class Equation:
         stack = source_info_util.current_name_stack() + info.name_stack
         return source_info_util.user_context(info.traceback, name_stack=stack)
 
-    def bind(self, *values) -> list:
-        """Run the equation on `values`; always a list of results."""
+    def bind(self, *values, **changed) -> list:
+        """Run the equation on `values`, some parameters changed; always a list of results."""
         eqn = self._eqn
-        params = self.primitive.get_bind_params(self.params)
+        params = self.primitive.get_bind_params({**self.params, **changed})
         with self.location(), eqn.ctx.manager:
             out = self.primitive.bind(*values, **params)
         return list(out) if self.primitive.multiple_results else [out]
@@ -396,7 +399,7 @@ def prune(jaxpr, keep: Sequence[bool]):
     opened = partial_eval.convert_constvars_jaxpr(inner) if n else inner
     pruned, _ = partial_eval.dce_jaxpr(opened, list(keep), [True] * len(opened.invars))
     used = _read_variables(pruned)
-    if n:
+    if n and not hasattr(pruned, "with_consts"):  # JAX < 0.12
         pruned = partial_eval.convert_invars_to_constvars(pruned, n)
     return close(pruned, consts), used[n:]
 

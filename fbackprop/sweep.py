@@ -7,11 +7,22 @@ execution: a pytree of arrays, since everything static is in the program.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jax import lax
 
-from fbackprop.program import Literal, Program, Var, is_inexact, memoized, read
+from fbackprop.program import (
+    UNKNOWN_LINE,
+    Equation,
+    Literal,
+    Program,
+    Var,
+    is_inexact,
+    memoized,
+    read,
+    trace,
+    type_of,
+)
 from fbackprop.table import MissingRule, Rules
 
 Mask = tuple[bool, ...]
@@ -59,7 +70,11 @@ def forward(rules: Rules, program: Program, active: Mask, values: Sequence):
         if mask is None:
             outs = eqn.bind(*operands)
         else:
-            outs, kept = rules.of(eqn).forward(rules, eqn, mask, operands)
+            try:
+                outs, kept = rules.of(eqn).forward(rules, eqn, mask, operands)
+            except Exception as error:
+                _locate(error, eqn)
+                raise
             tape.append(kept)
         env.update(zip(eqn.outputs, outs, strict=True))
         for v in dead:
@@ -90,9 +105,36 @@ def backward(rules: Rules, program: Program, active: Mask, tape: list, cts: Sequ
         arriving = [pending.pop(v, None) for v in eqn.outputs]
         if all(ct is None for ct in arriving):
             continue
-        with eqn.location():
-            leaving = rules.of(eqn).pullback(rules, eqn, mask, kept, arriving)
+        try:
+            with eqn.location():
+                leaving = rules.of(eqn).pullback(rules, eqn, mask, kept, arriving)
+        except Exception as error:
+            _locate(error, eqn)
+            raise
         for v, ct in zip(eqn.inputs, leaving, strict=True):
             if not isinstance(v, Literal):
                 add(v, ct)
     return [pending.get(v) for v in program.inputs]
+
+
+def _locate(error: Exception, eqn: Equation) -> None:
+    """Note in the error where the user called what could not be differentiated.
+
+    The innermost equation whose line is known says it; those around it stay silent.
+    """
+    if eqn.source != UNKNOWN_LINE and not any(NOTE in n for n in getattr(error, "__notes__", ())):
+        error.add_note(f"{NOTE} '{eqn.primitive}', called at {eqn.source}")
+
+
+NOTE = "While differentiating"
+
+
+def pull(rules: Rules, function: Callable, values: Sequence, cts: Sequence) -> list:
+    """Cotangents of arrays from those of a function of them: for rules written as functions.
+
+    `function` takes the arrays and returns a list of arrays.
+    """
+    program = trace(function, [type_of(x) for x in values])
+    active = tuple(is_inexact(type_of(x)) for x in values)
+    _, tape = forward(rules, program, active, values)
+    return backward(rules, program, active, tape, cts)

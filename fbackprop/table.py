@@ -9,6 +9,8 @@ pass it says by the names of its parameters:
     ``xs``               all operands, as a tuple
     ``out``, ``outs``    the result, the results
     ``eqn``              static facts: ``eqn.params``, ``eqn.in_avals``, ``eqn.out_avals``
+    ``arriving``         like ``cts``, with None for a cotangent that is known to be zero
+    ``rules``            the rules in force, for a pullback that sweeps a function of its own
 
 so that ``row("mul", lambda ct, y: ct * y, lambda ct, x: ct * x)`` is the whole rule of the
 product, and the engine knows, without running it, that the cotangent of ``x`` needs ``y`` alone.
@@ -38,7 +40,8 @@ from fbackprop.program import (
 )
 
 OPERANDS = "xyz"
-NAMES = frozenset({"ct", "cts", "eqn", "out", "outs", "xs", *OPERANDS})
+STATIC = frozenset({"ct", "cts", "arriving", "eqn", "rules"})  # what is not kept
+NAMES = STATIC | {"out", "outs", "xs", *OPERANDS}
 
 
 class MissingRule(NotImplementedError):
@@ -120,7 +123,7 @@ class LocalRule(Rule):
 
     def _kept_names(self, active) -> tuple[str, ...]:
         names = {name for i in self._wanted(active) for name in self.names[i]}
-        return tuple(sorted(names - {"ct", "cts", "eqn"}))
+        return tuple(sorted(names - STATIC))
 
     def forward(self, rules, eqn, active, values):
         if not self.joint and len(self.pullbacks) != len(values):
@@ -139,7 +142,8 @@ class LocalRule(Rule):
         return outs, tuple(available[name] for name in self.kept_names(active))
 
     def pullback(self, rules, eqn, active, kept, cts):
-        known = dict(zip(self.kept_names(active), kept, strict=True), eqn=eqn, ct=cts[0])
+        known = dict(zip(self.kept_names(active), kept, strict=True))
+        known |= {"eqn": eqn, "rules": rules, "ct": cts[0], "arriving": tuple(cts)}
         if len(cts) > 1 or any("cts" in (names or ()) for names in self.names):
             known["cts"] = tuple(
                 zeros(aval) if ct is None else ct
@@ -250,9 +254,11 @@ def defrule(name: str | Primitive):
     otherwise, None where an operand has no derivative. Its parameters are chosen by name:
 
     - ``ct``: cotangent of the result; ``cts``: a tuple of them, for several results;
+      ``arriving``: the same with None for what is known to be zero;
     - ``x``, ``y``, ``z``: the first three operands; ``xs``: all of them;
     - ``out``, ``outs``: the result or results;
-    - ``eqn``: the equation, with ``eqn.params``, ``eqn.in_avals`` and ``eqn.out_avals``.
+    - ``eqn``: the equation, with ``eqn.params``, ``eqn.in_avals`` and ``eqn.out_avals``;
+    - ``rules``: the rules in force.
 
     Only what is named is kept from the forward pass. A cotangent has the shape and dtype of its
     operand; axes of size one along which the primitive broadcast are summed by the engine.

@@ -145,17 +145,6 @@ row(
 row("atanh", lambda ct, x: lax.div(ct, _one_minus_square(x)))
 row("logistic", lambda ct, out: lax.mul(ct, lax.mul(out, lax.sub(lax.full_like(out, 1), out))))
 
-# --- special functions ----------------------------------------------------------------------------
-
-row("erf", lambda ct, x: lax.mul(scale(ct, 2 / np.sqrt(np.pi)), lax.exp(lax.neg(lax.square(x)))))
-row("erfc", lambda ct, x: lax.mul(scale(ct, -2 / np.sqrt(np.pi)), lax.exp(lax.neg(lax.square(x)))))
-row(
-    "erf_inv",
-    lambda ct, out: lax.mul(scale(ct, np.sqrt(np.pi) / 2), lax.exp(lax.square(out))),
-)
-row("lgamma", lambda ct, x: lax.mul(ct, lax.digamma(x)))
-row("digamma", lambda ct, x: lax.mul(ct, lax.polygamma(lax.full_like(x, 1), x)))
-
 # --- kinks ----------------------------------------------------------------------------------------
 
 
@@ -251,6 +240,10 @@ def _conj(ct, eqn):
 
 row("copy", lambda ct: ct)
 row("name", lambda ct: ct)
+row("stage", lambda ct: ct)
+row("tie", None, lambda ct: ct)
+row("sharding_constraint", lambda ct, eqn: eqn.primitive.bind(ct, **eqn.params))
+row("layout_constraint", lambda ct, eqn: eqn.primitive.bind(ct, **eqn.params))
 
 
 @joint("device_put")

@@ -56,6 +56,63 @@ row(
     lambda ct, x, eqn: _dot_pullback(ct, x, eqn, 1),
 )
 
+# --- ragged_dot_general ---------------------------------------------------------------------------
+#
+# The rows of the left operand come in groups, each with a right operand of its own.
+
+
+def _ragged_numbers(eqn):
+    """Its axes by what they do; only groups of rows have a derivative."""
+    numbers, ndim = eqn.params["ragged_dot_dimension_numbers"], eqn.in_avals[0].ndim
+    contract, batch = numbers.dot_dimension_numbers
+    (ragged,) = numbers.lhs_ragged_dimensions
+    if eqn.params["group_offset"] is not None or ragged in (*contract[0], *batch[0]):
+        raise NotImplementedError(
+            "the backward rule of a ragged product is implemented where its groups are of kept "
+            f"rows, without group_offset (called at {eqn.source}): use lax.dot_general per group"
+        )
+    group = tuple(numbers.rhs_group_dimensions)
+    left = [d for d in range(ndim) if d not in contract[0] and d not in batch[0]]
+    right = [
+        d
+        for d in range(eqn.in_avals[1].ndim)
+        if d not in contract[1] and d not in batch[1] and d not in group
+    ]
+    return contract, batch, ragged, group, left, right
+
+
+def _ragged_dot(a, b, groups, eqn, dot_numbers, ragged, group, order, aval):
+    p = eqn.params
+    out = lax.ragged_dot_general(
+        a,
+        b,
+        groups,
+        lax.RaggedDotDimensionNumbers(dot_numbers, [ragged], group),
+        precision=p["precision"],
+        preferred_element_type=p["preferred_element_type"],
+    )
+    return lax.convert_element_type(lax.transpose(out, np.argsort(order)), aval.dtype)
+
+
+def _ragged_left(ct, y, z, eqn):
+    contract, batch, ragged, group, left, right = _ragged_numbers(eqn)
+    n, m = len(batch[0]), len(batch[0]) + len(left)
+    dot_numbers = ((range(m, ct.ndim), right), (range(n), batch[1]))
+    order = [*batch[0], *left, *(contract[0][i] for i in np.argsort(contract[1]))]
+    row_axis = n + left.index(ragged)
+    return _ragged_dot(ct, y, z, eqn, dot_numbers, row_axis, group, order, eqn.in_avals[0])
+
+
+def _ragged_right(ct, x, z, eqn):
+    contract, batch, ragged, group, left, right = _ragged_numbers(eqn)
+    n = len(batch[0])
+    dot_numbers = ((left, range(n, n + len(left))), (batch[0], range(n)))
+    order = [*group, *batch[1], *(contract[1][i] for i in np.argsort(contract[0])), *right]
+    return _ragged_dot(x, ct, z, eqn, dot_numbers, ragged, [], order, eqn.in_avals[1])
+
+
+row("ragged_dot_general", _ragged_left, _ragged_right, None)
+
 # --- conv_general_dilated -------------------------------------------------------------------------
 #
 # A convolution is a product in which each spatial axis has three lengths: image, kernel and result.

@@ -1,14 +1,17 @@
-"""Reductions, cumulative operations and sorting."""
+"""Reductions, cumulative operations, sorting and selection."""
 
 from __future__ import annotations
 
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fbackprop.program import is_inexact, trace, type_of
-from fbackprop.sweep import backward, forward
-from fbackprop.table import Rules, joint, row
+from fbackprop.program import evaluate, is_inexact, program_of, zeros
+from fbackprop.sweep import pull
+from fbackprop.table import joint, row
 
 # --- reductions ---------------------------------------------------------------------------------
 
@@ -59,15 +62,44 @@ def _products_before(x, axis, reverse=False):
     return lax.pad(whole, lax.full_like(x, 1, shape=()), pads)
 
 
+def reducer(jaxpr, ndim: int):
+    """The function that combines two lists of scalars, on lists of arrays of `ndim` axes."""
+    program = program_of(jaxpr)
+
+    def combine(*pair):
+        return evaluate(program, pair)
+
+    for _ in range(ndim):
+        combine = jax.vmap(combine)
+    return lambda left, right: combine(*left, *right)
+
+
+@joint("reduce")
+def _reduce(arriving, xs, eqn, rules):
+    """A reduction by any function is swept as the tree that combines halves of its operands."""
+    n, axes = len(xs) // 2, sorted(eqn.params["dimensions"])
+    kept = [d for d in range(xs[0].ndim) if d not in axes]
+    combine = reducer(eqn.params["jaxpr"], len(kept) + 1)
+
+    def halve(*operands):
+        shape = [operands[0].shape[d] for d in kept]
+        length = math.prod(operands[0].shape[d] for d in axes)
+        arrays = [lax.reshape(x, (length, *shape), (*axes, *kept)) for x in operands[:n]]
+        starts = [lax.broadcast(s, (1, *shape)) for s in operands[n:]]
+        while arrays[0].shape[0] > 1:
+            half = arrays[0].shape[0] // 2
+            left = [x[:half] for x in arrays]
+            right = [x[half : 2 * half] for x in arrays]
+            rest = [x[2 * half :] for x in arrays]
+            combined = combine(left, right)
+            arrays = [lax.concatenate(pair, 0) for pair in zip(combined, rest, strict=True)]
+        arrays = combine(starts, arrays) if length else starts
+        return [lax.squeeze(x, (0,)) for x in arrays]
+
+    return tuple(pull(rules, halve, xs, arriving))
+
+
 # --- cumulative operations ----------------------------------------------------------------------
-
-
-def _pull(function, x, ct):
-    """Sweep a function of one array, written in rules of this table."""
-    program = trace(lambda x: [function(x)], [type_of(x)])
-    rules = Rules()
-    _, tape = forward(rules, program, (True,), [x])
-    return backward(rules, program, (True,), tape, [ct])[0]
 
 
 row(
@@ -79,9 +111,9 @@ row(
 def _cumulative(combine):
     """The other cumulative operations are swept as the associative scans that they are."""
 
-    def pullback(ct, x, eqn):
+    def pullback(ct, x, eqn, rules):
         options = {"reverse": eqn.params["reverse"], "axis": eqn.params["axis"]}
-        return _pull(lambda x: lax.associative_scan(combine, x, **options), x, ct)
+        return pull(rules, lambda x: [lax.associative_scan(combine, x, **options)], [x], [ct])[0]
 
     return pullback
 
@@ -109,3 +141,31 @@ def _sort(cts, xs, eqn):
     )
     back = iter(moved[1:])
     return tuple(next(back) if i else None for i in inexact)
+
+
+# --- selection ------------------------------------------------------------------------------------
+
+
+def _to_selected(ct, indices, aval, axis: int):
+    """Put cotangents where along an axis their elements were taken from."""
+    axis %= ct.ndim
+    others = tuple(d for d in range(ct.ndim) if d != axis)
+    numbers = lax.ScatterDimensionNumbers(
+        update_window_dims=(),
+        inserted_window_dims=(axis,),
+        scatter_dims_to_operand_dims=(axis,),
+        operand_batching_dims=others,
+        scatter_indices_batching_dims=others,
+    )
+    indices = lax.expand_dims(indices, (indices.ndim,))
+    return lax.scatter_add(zeros(aval), indices, ct, numbers, mode="promise_in_bounds")
+
+
+@joint("top_k")
+def _top_k(cts, outs, eqn):
+    return _to_selected(cts[0], outs[1], eqn.in_avals[0], eqn.params["axis"])
+
+
+@joint("approx_top_k")
+def _approx_top_k(cts, outs, eqn):
+    return _to_selected(cts[0], outs[1], eqn.in_avals[0], eqn.params["reduction_dimension"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 from jax import lax
 
-from fbackprop.program import primitive
-from fbackprop.table import row
+from fbackprop.program import close, primitive
+from fbackprop.rules.reductions import reducer
+from fbackprop.sweep import pull
+from fbackprop.table import joint, row
 
 
 def _spread(sizes, dilation):
@@ -38,14 +40,49 @@ def _reduce_window_sum(ct, eqn):
 row("reduce_window_sum", _reduce_window_sum)
 
 
-def _scatter_to_selected(ct, x, eqn, select: str):
-    """Every window's cotangent goes to the first element that attains its extremum."""
+def _fold(combine, operands, starts, eqn) -> list:
+    """A reduction over windows, as one strided slice of the padded operands per window place."""
     p = eqn.params
-    if any(d != 1 for d in p["window_dilation"]):
-        raise NotImplementedError(
-            "the backward rule of a window maximum or minimum is not implemented with window "
-            f"dilation, got window_dilation={p['window_dilation']} (called at {eqn.source})"
-        )
+    gaps = zip(p["padding"], p["base_dilation"], strict=True)
+    config = [(low, high, d - 1) for (low, high), d in gaps]
+    padded = [lax.pad(x, s, config) for x, s in zip(operands, starts, strict=True)]
+    shape, strides = eqn.out_avals[0].shape, p["window_strides"]
+    total = [lax.broadcast(s, shape) for s in starts]
+    for place in np.ndindex(*p["window_dimensions"]):
+        first = [int(i * d) for i, d in zip(place, p["window_dilation"], strict=True)]
+        last = [i + (n - 1) * s + 1 for i, n, s in zip(first, shape, strides, strict=True)]
+        total = combine(total, [lax.slice(x, first, last, strides) for x in padded])
+    return total
+
+
+@joint("reduce_window")
+def _reduce_window(arriving, xs, eqn, rules):
+    """A reduction by any function is swept as the fold that it is."""
+    if 0 in eqn.out_avals[0].shape:
+        return tuple(lax.full_like(x, 0) for x in xs)
+    n = len(xs) // 2
+    jaxpr = close(eqn.params["jaxpr"], eqn.params["consts"])
+    combine = reducer(jaxpr, xs[0].ndim)
+    fold = lambda *operands: _fold(combine, operands[:n], operands[n:], eqn)  # noqa: E731
+    return tuple(pull(rules, fold, xs, arriving))
+
+
+def _window_extremum(select: str, combine, worst: float):
+    """Every window's cotangent goes to the first element that attains its extremum."""
+
+    def pullback(ct, x, eqn, rules):
+        if all(d == 1 for d in eqn.params["window_dilation"]):
+            return _scatter_to_selected(ct, x, eqn, select)
+        # Select-and-scatter knows no dilated windows; in a fold, elements that tie share.
+        start = lax.full_like(x, worst, shape=())
+        pairs = lambda a, b: [combine(a[0], b[0])]  # noqa: E731
+        return pull(rules, lambda x: _fold(pairs, [x], [start], eqn), [x], [ct])[0]
+
+    return pullback
+
+
+def _scatter_to_selected(ct, x, eqn, select: str):
+    p = eqn.params
     base = p["base_dilation"]
     if any(d != 1 for d in base):
         worst = -np.inf if select == "ge" else np.inf
@@ -62,8 +99,8 @@ def _scatter_to_selected(ct, x, eqn, select: str):
     return lax.slice(ct, (0,) * ct.ndim, ct.shape, base) if any(d != 1 for d in base) else ct
 
 
-row("reduce_window_max", lambda ct, x, eqn: _scatter_to_selected(ct, x, eqn, "ge"))
-row("reduce_window_min", lambda ct, x, eqn: _scatter_to_selected(ct, x, eqn, "le"))
+row("reduce_window_max", _window_extremum("ge", lax.max, -np.inf))
+row("reduce_window_min", _window_extremum("le", lax.min, np.inf))
 
 
 # The two halves of a window extremum's derivative are linear in their first operand, and each is

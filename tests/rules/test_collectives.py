@@ -1,9 +1,12 @@
 """Gradients inside and outside of `shard_map`, on two devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from agreement import assert_close
+from agreement import assert_close, assert_same_vjp
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -60,3 +63,75 @@ def test_second_order_outside():
         return jax.jit(lib.grad(lambda w: jnp.sum(lib.grad(loss)(w) ** 2)))(W)
 
     assert_close(penalty(fb), penalty(jax), scale=50)
+
+
+SQUARE = jnp.sin(jnp.arange(32.0)).reshape(8, 4)
+COLLECTIVES = {
+    "psum": (lambda x: lax.psum(jnp.sin(x), "i") * x, P("i")),
+    "psum, shared result": (lambda x: lax.psum(jnp.sin(x), "i"), P()),
+    "pmean": (lambda x: (x - lax.pmean(x, "i")) ** 2, P("i")),
+    "pmax of a constant": (lambda x: x * lax.pmax(lax.stop_gradient(x), "i"), P("i")),
+    "all_gather": (lambda x: jnp.sin(lax.all_gather(x, "i", tiled=True)) * x[0, 0], P("i")),
+    "all_gather, new axis": (lambda x: jnp.sin(lax.all_gather(x, "i", axis=1)).sum(1), P("i")),
+    "psum_scatter": (
+        lambda x: lax.psum_scatter(x**3, "i", scatter_dimension=1, tiled=True) * x[:, :2],
+        P("i"),
+    ),
+    "ppermute": (lambda x: lax.ppermute(jnp.sin(x), "i", [(0, 1)]) * x, P("i")),
+    "all_to_all": (lambda x: lax.all_to_all(jnp.sin(x), "i", 1, 0, tiled=True) ** 2, P("i")),
+    "axis_index": (lambda x: x**2 * lax.axis_index("i"), P("i")),
+    "in a scan": (
+        lambda x: lax.scan(
+            lambda c, _: (jnp.sin(lax.ppermute(c, "i", [(0, 1), (1, 0)])) + c, c.sum()),
+            x,
+            length=3,
+        )[0],
+        P("i"),
+    ),
+}
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_collective(name, check_vma):
+    f, spec = COLLECTIVES[name]
+    assert_same_vjp(mapped(f, P("i"), spec, check_vma), SQUARE, scale=10)
+
+    def inside(lib):
+        gradient = lib.grad(lambda x: jnp.sum(f(x) ** 2))
+        return jax.jit(mapped(gradient, P("i"), P("i"), check_vma))(SQUARE)
+
+    assert_close(inside(fb), inside(jax), scale=10)
+
+
+@pytest.mark.parametrize("name", [n for n in COLLECTIVES if n != "ppermute"])
+def test_collective_under_vmap(name):
+    f, _ = COLLECTIVES[name]
+    stacked = SQUARE.reshape(2, 4, 4)
+    assert_same_vjp(jax.vmap(f, axis_name="i"), stacked, scale=10)
+
+    def inside(lib):
+        return jax.vmap(lib.grad(lambda x: jnp.sum(f(x) ** 2)), axis_name="i")(stacked)
+
+    assert_close(inside(fb), inside(jax), scale=10)
+
+
+def test_gathered_once_for_all():
+    """A gather whose result every device shares: each takes its piece of the cotangent."""
+    gather = functools.partial(lax.all_gather, axis_name="i", tiled=True, to="invarying")
+    f = mapped(lambda x: jnp.sin(gather(x)), P("i"), P())
+    assert_same_vjp(f, SQUARE, scale=10)
+
+
+def test_sharding_constraint():
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, P("i"))
+
+    def f(x):
+        return jnp.sin(lax.with_sharding_constraint(x * 2, rows)) @ W.T
+
+    assert_same_vjp(f, SQUARE)
+    sharded = jax.device_put(SQUARE, rows)
+    gradient = jax.jit(fb.grad(lambda x: jnp.sum(f(x) ** 2)))(sharded)
+    np.testing.assert_allclose(gradient, jax.grad(lambda x: jnp.sum(f(x) ** 2))(SQUARE), rtol=1e-5)
+    assert gradient.sharding.is_equivalent_to(rows, 2)
