@@ -8,6 +8,9 @@
 
 from fbackprop import losses as losses
 from fbackprop import networks as networks
+from fbackprop.catalogue import Coverage as Coverage
+from fbackprop.catalogue import PrimitiveCoverage as PrimitiveCoverage
+from fbackprop.catalogue import coverage as coverage
 from fbackprop.check import GradientReport as GradientReport
 from fbackprop.check import GradientRow as GradientRow
 from fbackprop.check import assert_grads_match as assert_grads_match

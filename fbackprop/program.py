@@ -8,9 +8,11 @@ where a user's `custom_vjp` keeps its two halves. The rest of the library sees o
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,7 @@ from jax._src import ad_util, api_util, core, dtypes, linear_util, source_info_u
 from jax._src.custom_derivatives import SymbolicZero
 from jax._src.interpreters import ad, partial_eval
 from jax._src.sharding_impls import UNSPECIFIED
+from jax._src.state import discharge
 from jax.extend.core import Literal, Primitive, Var
 
 type_of = jax.typeof
@@ -67,17 +70,21 @@ class Equation:
     def has_effects(self) -> bool:
         return bool(self._eqn.effects)
 
-    def location(self):
-        """A context in which new operations are attributed to this equation's line and scope."""
+    @contextlib.contextmanager
+    def context(self):
+        """A context that gives new operations this equation's line, scope, mesh and device kind."""
         info = self._eqn.source_info
         stack = source_info_util.current_name_stack() + info.name_stack
-        return source_info_util.user_context(info.traceback, name_stack=stack)
+        with (
+            source_info_util.user_context(info.traceback, name_stack=stack),
+            self._eqn.ctx.manager,
+        ):
+            yield
 
     def bind(self, *values, **changed) -> list:
         """Run the equation on `values`, some parameters changed; always a list of results."""
-        eqn = self._eqn
         params = self.primitive.get_bind_params({**self.params, **changed})
-        with self.location(), eqn.ctx.manager:
+        with self.context():
             out = self.primitive.bind(*values, **params)
         return list(out) if self.primitive.multiple_results else [out]
 
@@ -224,8 +231,13 @@ class TracedFunction(NamedTuple):
     unflatten: Callable
 
 
-def trace_function(f: Callable, leaves: Sequence, structure, has_aux: bool) -> TracedFunction:
-    """Trace `f`, called on the pytree of arguments with these leaves."""
+def trace_function(
+    f: Callable, leaves: Sequence, structure, has_aux: bool, on_values: bool = False
+) -> TracedFunction:
+    """Trace `f`, called on the pytree of arguments with these leaves.
+
+    With abstract arguments if that will do; with `on_values`, on the values there are.
+    """
     out_structure: Any = None
     aux_structure: Any = None
     aux_leaves: list = []
@@ -250,15 +262,16 @@ def trace_function(f: Callable, leaves: Sequence, structure, has_aux: bool) -> T
     info = api_util.debug_info("vjp", f, args, {})
     wrapped = linear_util.wrap_init(flat, debug_info=info)
     try:
-        avals = [type_of(x) for x in leaves]
-        jaxpr, _, constants = partial_eval.trace_to_jaxpr_dynamic(wrapped, avals)
+        if on_values:
+            program, constants = _watch(flat, leaves)
+        else:
+            avals = [type_of(x) for x in leaves]
+            jaxpr, _, constants = partial_eval.trace_to_jaxpr_dynamic(wrapped, avals)
+            program = _without_references(jaxpr)
     except _LOOKED_AT_VALUES:
-        if all(core.to_concrete_value(x) is None for x in leaves):
+        if not any(map(has_value, leaves)):
             raise
         program, constants = _watch(flat, leaves)
-    else:
-        inputs = (*jaxpr.constvars, *jaxpr.invars)
-        program = Program(inputs, (), map(Equation, jaxpr.eqns), jaxpr.outvars)
     # Auxiliary leaves that do not depend on the trace (numbers, strings) are passed by.
     aux_template = [None if isinstance(x, core.Tracer) else x for x in aux_leaves]
     traced_aux = [isinstance(x, core.Tracer) for x in aux_leaves]
@@ -279,6 +292,22 @@ def trace_function(f: Callable, leaves: Sequence, structure, has_aux: bool) -> T
     return TracedFunction(program, list(constants), out_structure, unflatten)
 
 
+def _without_references(jaxpr) -> Program:
+    """The program of a traced jaxpr, its constants first among the inputs.
+
+    Where the function writes to references of its own (`jax.new_ref`), their contents are threaded
+    through the equations as values.
+    """
+    if core.internal_mutable_array_effect in jaxpr.effects:
+        opened = close(partial_eval.convert_constvars_jaxpr(jaxpr))
+        pure = discharge.discharge_state(opened, should_discharge=False, lower=False)
+        inner = getattr(pure, "jaxpr", pure)
+        constants = tuple(zip(inner.constvars, pure.consts, strict=True))
+        return Program(inner.invars, constants, map(Equation, inner.eqns), inner.outvars)
+    inputs = (*jaxpr.constvars, *jaxpr.invars)
+    return Program(inputs, (), map(Equation, jaxpr.eqns), jaxpr.outvars)
+
+
 # --- tracing functions that look at values -------------------------------------------------------
 #
 # Outside of `jit` a differentiated function may branch on its arguments' values, as under
@@ -290,6 +319,11 @@ _LOOKED_AT_VALUES = (
     jax.errors.TracerIntegerConversionError,
     jax.errors.NonConcreteBooleanIndexError,
 )
+
+
+def has_value(x) -> bool:
+    """Whether an array's elements are known, as outside of `jit`."""
+    return core.to_concrete_value(x) is not None
 
 
 class _Watched(core.Tracer):
@@ -324,6 +358,7 @@ class _WatchingTrace(core.Trace):
     def _apply(self, function, args):
         """Trace one application, run its equations, and note them under our variables."""
         values = [x.value if self._is_mine(x) else x for x in args]
+        here = source_info_util.current()
         with core.set_current_trace(self.parent):
             if not any(map(self._is_mine, args)):
                 return function(*values)
@@ -333,10 +368,10 @@ class _WatchingTrace(core.Trace):
             names = dict(zip(one.jaxpr.invars, map(self._variable, args), strict=True))
             self.constants += zip(one.jaxpr.constvars, getattr(one, "consts", ()), strict=True)
             for eqn in one.jaxpr.eqns:
-                here = [names.get(v, v) if isinstance(v, Var) else v for v in eqn.invars]
+                inputs = [names.get(v, v) if isinstance(v, Var) else v for v in eqn.invars]
                 outs = Equation(eqn).bind(*(read(env, v) for v in eqn.invars))
                 env.update(zip(eqn.outvars, outs, strict=True))
-                self.equations.append(Equation(eqn.replace(invars=here)))
+                self.equations.append(Equation(eqn.replace(invars=inputs, source_info=here)))
         return [
             _Watched(self, names.get(v, v), env[v])
             if isinstance(v, Var) and is_inexact(v.aval)
@@ -445,6 +480,20 @@ def blank(aval) -> jax.Array:
     return ad_util.zeros_like_aval(aval)
 
 
+def sharding_of(aval, axes: Sequence[int] | None = None):
+    """How a cotangent of this type lies on an explicit mesh, for axes in the order given.
+
+    None without a mesh: then sharding is the compiler's affair.
+    """
+    sharding = cotangent_aval(aval).sharding
+    if sharding.mesh.empty:
+        return None
+    if axes is None:
+        return sharding
+    spec = jax.sharding.PartitionSpec(*(sharding.spec[i] for i in axes))
+    return jax.sharding.NamedSharding(sharding.mesh, spec)
+
+
 def float0_zeros(shape) -> np.ndarray:
     """The cotangent of an integer or boolean array."""
     return np.zeros(shape, dtype=float0)
@@ -489,7 +538,7 @@ def call(eqn: Equation, jaxpr, name: str, values: Sequence) -> list:
         out_layouts=(None,) * n_out,
         donated_invars=(False,) * n_in,
     )
-    with eqn.location():
+    with eqn.context():
         return list(eqn.primitive.bind(*values, **params))
 
 
@@ -565,13 +614,37 @@ def primitive(name: str) -> Primitive:
 
 @functools.cache
 def _primitives_by_name() -> dict[str, Primitive]:
-    from jax._src import ad_checkpoint, pjit, shard_map
-    from jax._src.lax import control_flow, lax, parallel, slicing, special, windowed_reductions
-    from jax.extend.core import primitives
+    """All primitives of this JAX; where two share a name, the one that it exposes to users."""
+    modules = ["jax.extend.core.primitives", *(f"jax._src.{name}" for name in _MODULES)]
+    found: dict[str, Primitive] = {}
+    for module in map(_imported, modules):
+        for value in vars(module).values() if module else ():
+            if isinstance(value, Primitive):
+                found.setdefault(value.name, value)
+    return found
 
-    modules: Iterable = (
-        primitives, core, lax, slicing, special, windowed_reductions, control_flow, parallel,
-        ad_checkpoint, pjit, shard_map, ad_util,
-    )  # fmt: skip
-    found = (v for module in modules for v in vars(module).values() if isinstance(v, Primitive))
-    return {p.name: p for p in reversed(list(found))}
+
+def _imported(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError:  # other releases of JAX have other modules
+        return None
+
+
+_MODULES = """
+    core ad_util lax.lax lax.slicing lax.special lax.linalg lax.windowed_reductions lax.control_flow
+    lax.control_flow.loops lax.parallel lax.ann lax.eval_jaxpr ad_checkpoint pjit shard_map
+    custom_derivatives custom_batching custom_partitioning callback debugging checkify compute_on
+    xla_metadata hijax ffi random.prng prng state.primitives state.discharge
+""".split()
+
+
+def all_primitives() -> list[Primitive]:
+    """The primitives of this JAX, and those that others gave a forward-mode rule."""
+    named = _primitives_by_name()
+    return [*named.values(), *(p for p in ad.primitive_jvps if p.name not in named)]
+
+
+def has_forward_rule(primitive: Primitive) -> bool:
+    """Whether the author of a primitive gave it a derivative."""
+    return primitive in ad.primitive_jvps or primitive in ad.primitive_linearizations

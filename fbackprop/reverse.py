@@ -18,12 +18,13 @@ from fbackprop.program import (
     as_array,
     cotangent_aval,
     float0_zeros,
+    has_value,
     is_inexact,
     trace_function,
     type_of,
     zeros,
 )
-from fbackprop.sweep import backward, forward
+from fbackprop.sweep import backward, forward, reversible
 from fbackprop.table import Rules
 
 DEFAULT, STRICT = Rules(), Rules(strict=True)
@@ -62,15 +63,23 @@ def vjp(f: Callable, *primals, has_aux: bool = False, strict: bool = False):
         raise TypeError(f"vjp differentiates functions, but its first argument is {f!r}")
     leaves, structure = jax.tree.flatten(primals)
     leaves = [as_array(x) for x in leaves]
-    traced = trace_function(f, leaves, structure, has_aux)
-    inputs = [*traced.constants, *leaves]
-    active = (False,) * len(traced.constants) + tuple(is_inexact(type_of(x)) for x in leaves)
     rules = STRICT if strict else DEFAULT
+    traced = trace_function(f, leaves, structure, has_aux)
+    active = _active(traced, leaves)
+    if not reversible(rules, traced.program, active) and any(map(has_value, leaves)):
+        # The number of a loop's iterations may depend on nothing but the arguments' values.
+        traced = trace_function(f, leaves, structure, has_aux, on_values=True)
+        active = _active(traced, leaves)
+    inputs = [*traced.constants, *leaves]
     outs, tape = forward(rules, traced.program, active, inputs)
     value, aux = traced.unflatten(outs)
     sweep = _Sweep(rules, traced.program, active, traced.out_structure, structure)
     pullback = jax.tree_util.Partial(sweep, tape)
     return (value, pullback, aux) if has_aux else (value, pullback)
+
+
+def _active(traced, leaves) -> tuple[bool, ...]:
+    return (False,) * len(traced.constants) + tuple(is_inexact(type_of(x)) for x in leaves)
 
 
 class _Sweep(NamedTuple):

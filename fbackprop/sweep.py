@@ -59,6 +59,15 @@ def activity(program: Program, rules: Rules, active: Mask) -> Activity:
     return Activity(rules, program, active)
 
 
+def reversible(rules: Rules, program: Program, active: Mask) -> bool:
+    """Whether every active equation has a way back."""
+    steps = activity(program, rules, active).steps
+    return all(
+        mask is None or rules.of(eqn).reversible
+        for eqn, mask in zip(program.equations, steps, strict=True)
+    )
+
+
 def forward(rules: Rules, program: Program, active: Mask, values: Sequence):
     """Run `program` on `values`; returns its outputs and the tape."""
     env: dict = dict(program.constants)
@@ -106,7 +115,7 @@ def backward(rules: Rules, program: Program, active: Mask, tape: list, cts: Sequ
         if all(ct is None for ct in arriving):
             continue
         try:
-            with eqn.location():
+            with eqn.context():
                 leaving = rules.of(eqn).pullback(rules, eqn, mask, kept, arriving)
         except Exception as error:
             _locate(error, eqn)

@@ -34,6 +34,7 @@ from fbackprop.program import (
     Primitive,
     cotangent_aval,
     find_primitive,
+    has_forward_rule,
     is_inexact,
     type_of,
     zeros,
@@ -74,7 +75,12 @@ class Rule:
 
     In every method `active` says which operands depend on the differentiated inputs, and `rules`
     is the `Rules` in force, for rules that sweep programs of their own.
+
+    Attributes:
+      reversible: whether there is a way back; False for loops of unknown length.
     """
+
+    reversible = True
 
     def active_outputs(self, rules: Rules, eqn: Equation, active: tuple[bool, ...]):
         """Which results carry a derivative; by default all that are floating or complex."""
@@ -205,7 +211,9 @@ class Rules:
         if rule is not None:
             return rule
         if self.strict and any(is_inexact(aval) for aval in eqn.out_avals):
-            remedy = ", or pass strict=False to derive it from the primitive's forward-mode rule"
+            derivable = ", or pass strict=False to derive it from the primitive's forward-mode rule"
+            underivable = " (none can be derived, since it has no forward-mode rule either)"
+            remedy = derivable if has_forward_rule(eqn.primitive) else underivable
             raise MissingRule(eqn.primitive, eqn.source, remedy)
         return DERIVED[0]
 

@@ -6,6 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from agreement import assert_close, assert_same_vjp
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import fbackprop as fb
 
@@ -148,24 +151,57 @@ def test_leaks_no_tracers():
         jax.vmap(OURS)(X[None])
 
 
-def test_shard_map():
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec
-    w, x = PARAMS["w"], jnp.linspace(-1, 1, 24).reshape(8, 3)
+def test_loops_whose_length_is_known_from_values():
+    """Outside of `jit` the bounds of a loop may be computed from the arguments."""
 
-    def step(gradient):
-        def inner(w, x):
-            def loss(w):
-                start = jax.lax.pcast(jnp.zeros(4), "i", to="varying")
-                last, _ = jax.lax.scan(lambda c, xi: (jnp.tanh(xi @ w + c), None), start, x)
-                return jax.lax.pmean(jnp.mean(jax.nn.relu(last)), "i")
+    def f(x):
+        n = x.astype(np.int32)[0] + 2
+        return jnp.sum(lax.fori_loop(0, n, lambda i, c: c * x, x))
 
-            return gradient(loss)(w)
+    x = jnp.array([1.5, 0.5])
+    assert_close(fb.grad(f)(x), jax.grad(f)(x))
+    with pytest.raises(ValueError, match=r"while_loop.*test_reverse.py"):
+        jax.jit(fb.grad(f))(x)
 
-        sharded = jax.shard_map(inner, mesh=mesh, in_specs=(spec(), spec("i")), out_specs=spec())
-        return jax.jit(sharded)(w, x)
 
-    assert_close(step(fb.grad), step(jax.grad), scale=10)
+def test_references():
+    """What a function writes to references of its own carries derivatives; others do not."""
+    outside = jax.new_ref(jnp.zeros(()))
+
+    def f(x):
+        ref = jax.new_ref(jnp.zeros(4))
+
+        def step(i, carry):
+            ref[i] = jnp.sin(x[i]) * (i + 1.0)
+            return carry
+
+        lax.fori_loop(0, 4, step, None)
+        ref[1:3] += x[:2]
+        outside[...] = lax.stop_gradient(jnp.sum(x))
+        return jnp.sum(jax.freeze(ref) ** 2)
+
+    x = jnp.arange(1.0, 5.0)
+    for transform in (lambda g: g, jax.jit):
+        assert_close(transform(fb.grad(f))(x), transform(jax.grad(f))(x))
+    assert outside[...] == 10.0
+
+
+@pytest.mark.parametrize("jit", [lambda g: g, jax.jit])
+def test_explicitly_sharded_arrays(jit):
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Explicit,))
+
+    def f(x, w):
+        y = jnp.dot(jnp.sin(x), w, out_sharding=P("i", None))
+        y = lax.scan(lambda c, _: (jnp.tanh(c), None), y, length=2)[0]
+        y = jax.sharding.reshard(y - y.mean(0, keepdims=True), P(None, None))
+        return jnp.sum(jnp.max(y.reshape(-1, 2), 1) ** 2)
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.arange(24.0).reshape(4, 6) / 9, jax.NamedSharding(mesh, P("i")))
+        w = jax.device_put(jnp.cos(jnp.arange(12.0)).reshape(6, 2), jax.NamedSharding(mesh, P()))
+        ours, theirs = (jit(lib.grad(f, (0, 1)))(x, w) for lib in (fb, jax))
+        assert_close(ours, theirs, scale=10)
+        assert [str(jax.typeof(a)) for a in ours] == [str(jax.typeof(a)) for a in theirs]
 
 
 def test_no_recompilation_of_inner_calls():

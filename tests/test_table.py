@@ -47,7 +47,7 @@ def test_strict_names_primitive_line_and_remedy(cubed):
 
 def test_the_line_is_the_users_though_a_library_called():
     with pytest.raises(fb.MissingRule, match="test_table.py"):
-        fb.grad(lambda x: jnp.sum(jnp.linalg.qr(x)[1]), strict=True)(jnp.eye(2))
+        fb.grad(lambda x: jnp.sum(jax.scipy.linalg.schur(x)[0]), strict=True)(jnp.eye(2))
 
 
 def test_defrule_adds_a_row(cubed):
@@ -76,7 +76,7 @@ def test_wrong_rules_are_named(cubed, rule, message):
 
 
 def test_parameters_are_chosen_by_name(cubed):
-    with pytest.raises(TypeError, match=r"\['g'\].*choose from ct, cts, eqn, out"):
+    with pytest.raises(TypeError, match=r"\['g'\].*choose from arriving, ct, cts, eqn, out"):
         fb.defrule(cubed)(lambda g, x: g)
 
 

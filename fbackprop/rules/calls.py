@@ -69,6 +69,18 @@ class Jit(Inline):
         return call(eqn, jaxpr, eqn.params["name"] + suffix, values)
 
 
+class Annotated(Inline):
+    """A call that says something of its body (where it runs, what it is): so do both halves."""
+
+    jaxpr = "jaxpr"
+
+    def _run(self, eqn, jaxpr, values, suffix=""):
+        changed = {"jaxpr": jaxpr}
+        if "out_memory_spaces" in eqn.params:
+            changed["out_memory_spaces"] = tuple(aval.memory_space for aval in jaxpr.out_avals)
+        return eqn.bind(*values, **changed)
+
+
 class Remat(Inline):
     """`jax.checkpoint`: keep the inputs and what the policy saves, compute the rest again."""
 
@@ -205,6 +217,9 @@ class CustomVJP(Rule):
 
 register("jit", Jit())
 register("closed_call", Inline())
+register("eval_jaxpr", Inline())
+register("compute_on", Annotated())
+register("xla_metadata_call", Annotated())
 register("remat2", Remat())
 register("cond", Cond())
 register("custom_vjp_call", CustomVJP())

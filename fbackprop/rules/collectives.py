@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from fbackprop.program import primitive, program_of, zeros
+from fbackprop.program import primitive, program_of, sharding_of, zeros
 from fbackprop.split import nonzero, spread
 from fbackprop.sweep import activity, backward, forward
 from fbackprop.table import Rule, joint, register, row
@@ -50,6 +50,12 @@ def _psum(ct, eqn):
 
 def _options(eqn, *names) -> dict:
     return {name: eqn.params[name] for name in names if name in eqn.params}
+
+
+@joint("reshard")
+def _reshard(ct, eqn):
+    """Back to where the operand lay on an explicit mesh."""
+    return jax.sharding.reshard(ct, sharding_of(eqn.in_avals[0]))
 
 
 @joint("all_gather")

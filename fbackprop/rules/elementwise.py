@@ -244,6 +244,7 @@ row("stage", lambda ct: ct)
 row("tie", None, lambda ct: ct)
 row("sharding_constraint", lambda ct, eqn: eqn.primitive.bind(ct, **eqn.params))
 row("layout_constraint", lambda ct, eqn: eqn.primitive.bind(ct, **eqn.params))
+row("xla_metadata_value", lambda ct, eqn: eqn.primitive.bind(ct, **eqn.params))
 
 
 @joint("device_put")
@@ -266,6 +267,7 @@ zero(
     le_to lt_to shift_left shift_right_arithmetic shift_right_logical population_count clz mulhi
     iota argmax argmin bitcast_convert_type random_bits random_fold_in random_seed random_split
     threefry2x32 rng_bit_generator rng_uniform axis_index empty
-    reduce_and reduce_or reduce_xor platform_index
+    reduce_and reduce_or reduce_xor platform_index random_wrap random_unwrap zeros_like
+    debug_callback debug_print check inspect_sharding dce_sink create_token after_all empty2
     """.split()
 )

@@ -305,8 +305,8 @@ def _eig(eqn, factors, gradients):
     """dw = diag(P), dV = V (F ∘ P) + V diag(c), where P = V⁻¹ dA V and c keeps V normalised."""
     left = eqn.params["compute_left_eigenvectors"]
     w, *vl, vr = factors
-    w_bar, *v_bars, _ = (*gradients, None)
-    vl_bar, vr_bar = (*v_bars, None)[:2] if left else (None, *v_bars, None)[:2]
+    w_bar, of_vectors = gradients[0], [*gradients[1:], None, None]
+    vl_bar, vr_bar = of_vectors[:2] if left else (None, of_vectors[0])
     gradient = lax.full_like(vr, 0)
     if w_bar is not None or vr_bar is not None:
         gradient = lax.add(gradient, _eig_gradient(w, vr, w_bar, vr_bar))

@@ -5,20 +5,21 @@ from __future__ import annotations
 import numpy as np
 from jax import lax
 
-from fbackprop.program import primitive
+from fbackprop.program import primitive, sharding_of
 from fbackprop.table import joint, row
 
 
 def _reshape(ct, eqn):
-    shape, order = eqn.in_avals[0].shape, eqn.params["dimensions"]
+    aval, order = eqn.in_avals[0], eqn.params["dimensions"]
     if order is None:
-        return lax.reshape(ct, shape)
-    ct = lax.reshape(ct, [shape[d] for d in order])  # the operand was transposed first
+        return lax.reshape(ct, aval.shape, out_sharding=sharding_of(aval))
+    # The operand was transposed first.
+    ct = lax.reshape(ct, [aval.shape[d] for d in order], out_sharding=sharding_of(aval, order))
     return lax.transpose(ct, np.argsort(order))
 
 
 row("reshape", _reshape)
-row("squeeze", lambda ct, eqn: lax.reshape(ct, eqn.in_avals[0].shape))
+row("squeeze", lambda ct, eqn: lax.expand_dims(ct, eqn.params["dimensions"]))
 row("rev", lambda ct, eqn: lax.rev(ct, eqn.params["dimensions"]))
 row("transpose", lambda ct, eqn: lax.transpose(ct, np.argsort(eqn.params["permutation"])))
 

@@ -137,6 +137,8 @@ def _options(eqn, reverse: bool) -> dict:
 class While(Rule):
     """`while_loop`: runs forward; in reverse it would need to remember every iteration."""
 
+    reversible = False
+
     def active_outputs(self, rules, eqn, active):
         n_cond, n_body = while_counts(eqn.params)
         body = program_of(eqn.params["body_jaxpr"])

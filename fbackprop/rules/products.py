@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from jax import lax
 
+from fbackprop.program import sharding_of
 from fbackprop.table import row
 
 # --- dot_general ----------------------------------------------------------------------------------
@@ -29,16 +30,17 @@ def _dot_pullback(ct, other, eqn, side: int):
     ct_contract = tuple(range(start, start + len(its_kept)))
     dims = ((ct_contract, tuple(its_kept)), (tuple(range(n_batch)), its_batch))
     preferred = eqn.params["preferred_element_type"]
+    # Its axes are (batch, my kept, contracted in the other operand's order): then back to mine.
+    order = np.argsort(its_contract)
+    axes = [*my_batch, *my_kept, *(my_contract[i] for i in order)]
     product = lax.dot_general(
         ct,
         other,
         dims,
         precision=_transposed_precision(eqn.params["precision"], side),
         preferred_element_type=preferred,
+        out_sharding=sharding_of(mine, axes),
     )
-    # Its axes are (batch, my kept, contracted in the other operand's order): back to mine.
-    order = np.argsort(its_contract)
-    axes = [*my_batch, *my_kept, *(my_contract[i] for i in order)]
     product = lax.transpose(product, np.argsort(axes))
     return lax.convert_element_type(product, mine.dtype)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fbackprop.program import evaluate, is_inexact, program_of, zeros
+from fbackprop.program import evaluate, is_inexact, program_of, sharding_of, zeros
 from fbackprop.sweep import pull
 from fbackprop.table import joint, row
 
@@ -18,9 +18,9 @@ from fbackprop.table import joint, row
 
 def _put_back(ct, eqn):
     """Stretch a reduced array over the axes that were reduced."""
-    shape, axes = eqn.in_avals[0].shape, eqn.params["axes"]
-    kept = tuple(d for d in range(len(shape)) if d not in axes)
-    return lax.broadcast_in_dim(ct, shape, kept)
+    aval, axes = eqn.in_avals[0], eqn.params["axes"]
+    kept = tuple(d for d in range(aval.ndim) if d not in axes)
+    return lax.broadcast_in_dim(ct, aval.shape, kept, out_sharding=sharding_of(aval))
 
 
 row("reduce_sum", _put_back)
