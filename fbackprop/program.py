@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax._src import ad_util, api_util, core, dtypes, linear_util, source_info_util
+from jax._src import ad_util, api_util, core, dtypes, linear_util, literals, source_info_util
 from jax._src.custom_derivatives import SymbolicZero
 from jax._src.interpreters import ad, partial_eval
 from jax._src.sharding_impls import UNSPECIFIED
@@ -492,6 +492,11 @@ def sharding_of(aval, axes: Sequence[int] | None = None):
         return sharding
     spec = jax.sharding.PartitionSpec(*(sharding.spec[i] for i in axes))
     return jax.sharding.NamedSharding(sharding.mesh, spec)
+
+
+def scalar(value, aval):
+    """A number as an array of this type, weak if it is, that traces as a literal."""
+    return literals.TypedNdArray(np.asarray(value, aval.dtype), aval)
 
 
 def float0_zeros(shape) -> np.ndarray:

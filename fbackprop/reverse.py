@@ -30,17 +30,17 @@ from fbackprop.table import Rules
 DEFAULT, STRICT = Rules(), Rules(strict=True)
 
 
-def vjp(f: Callable, *primals, has_aux: bool = False, strict: bool = False):
-    """Value of `f` at `primals` and its pullback there.
+def vjp(fun: Callable, *primals, has_aux: bool = False, strict: bool = False):
+    """Value of `fun` at `primals` and its pullback there.
 
-    With ``y = f(*primals)`` and Jacobian ``J``, the pullback maps a cotangent ``v`` of ``y`` to
+    With ``y = fun(*primals)`` and Jacobian ``J``, the pullback maps a cotangent ``v`` of ``y`` to
     ``Jᵀ v``, one cotangent per primal: reverse-mode automatic differentiation by a hand-written
     sweep (Griewank and Walther 2008, section 3.2). It computes nothing of the forward pass again.
 
     Args:
-      f: function of arrays, or of pytrees of arrays, to a pytree of arrays.
+      fun: function of arrays, or of pytrees of arrays, to a pytree of arrays.
       *primals: where to evaluate; arrays, scalars or pytrees of them.
-      has_aux: whether `f` returns a pair, of which only the first is differentiated.
+      has_aux: whether `fun` returns a pair, of which only the first is differentiated.
       strict: refuse primitives without a hand-written rule instead of deriving one.
 
     Returns:
@@ -50,7 +50,7 @@ def vjp(f: Callable, *primals, has_aux: bool = False, strict: bool = False):
       through `jit`.
 
     Raises:
-      TypeError: if `f` does not take or return arrays, or, with `has_aux`, no pair.
+      TypeError: if `fun` does not take or return arrays, or, with `has_aux`, no pair.
       MissingRule: with `strict`, for a primitive without a rule.
 
     Example:
@@ -59,16 +59,16 @@ def vjp(f: Callable, *primals, has_aux: bool = False, strict: bool = False):
       >>> [float(ct) for ct in pullback(1.0)]
       [4.0, 3.0]
     """
-    if not callable(f):
-        raise TypeError(f"vjp differentiates functions, but its first argument is {f!r}")
+    if not callable(fun):
+        raise TypeError(f"vjp differentiates functions, but its first argument is {fun!r}")
     leaves, structure = jax.tree.flatten(primals)
     leaves = [as_array(x) for x in leaves]
     rules = STRICT if strict else DEFAULT
-    traced = trace_function(f, leaves, structure, has_aux)
+    traced = trace_function(fun, leaves, structure, has_aux)
     active = _active(traced, leaves)
     if not reversible(rules, traced.program, active) and any(map(has_value, leaves)):
         # The number of a loop's iterations may depend on nothing but the arguments' values.
-        traced = trace_function(f, leaves, structure, has_aux, on_values=True)
+        traced = trace_function(fun, leaves, structure, has_aux, on_values=True)
         active = _active(traced, leaves)
     inputs = [*traced.constants, *leaves]
     outs, tape = forward(rules, traced.program, active, inputs)
@@ -91,7 +91,13 @@ class _Sweep(NamedTuple):
     out_structure: Any
     in_structure: Any
 
-    def __call__(self, tape, cotangent):
+    def __call__(self, tape, *cotangents):
+        if len(cotangents) != 1:
+            raise TypeError(
+                "a pullback must be called with a single argument, a cotangent like the function's "
+                f"output, but got {len(cotangents)}: pass several as the tuple that the output is"
+            )
+        (cotangent,) = cotangents
         n_out, n_in = self.out_structure.num_leaves, self.in_structure.num_leaves
         cts = self._checked(cotangent)
         cts += [None] * (len(self.program.outputs) - n_out)  # auxiliary outputs
@@ -132,7 +138,7 @@ def _instantiate(ct, aval):
 
 
 def grad(
-    f: Callable,
+    fun: Callable,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     holomorphic: bool = False,
@@ -142,13 +148,13 @@ def grad(
 ) -> Callable:
     """The gradient of a scalar-valued function, as a function of the same arguments.
 
-    ``grad(f)(x)`` is ``∂f/∂x``, of the shape and dtype of `x`, by one backward sweep.
+    ``grad(fun)(x)`` is ``∂fun/∂x``, of the shape and dtype of `x`, by one backward sweep.
 
     Args:
-      f: function to a real scalar; its other arguments may be anything, keywords included.
+      fun: function to a real scalar; its other arguments may be anything, keywords included.
       argnums: the positional argument or arguments to differentiate, each a pytree of arrays.
-      has_aux: whether `f` returns ``(value, aux)``; the gradient then comes as ``(grad, aux)``.
-      holomorphic: whether `f` is complex-differentiable; inputs and output must be complex.
+      has_aux: whether `fun` returns ``(value, aux)``; the gradient then comes as ``(grad, aux)``.
+      holomorphic: whether `fun` is complex-differentiable; inputs and output must be complex.
       allow_int: whether integer inputs are allowed; their gradients have dtype float0.
       strict: refuse primitives without a hand-written rule instead of deriving one.
 
@@ -164,9 +170,9 @@ def grad(
       >>> fb.grad(lambda x: jnp.sum(x**2))(jnp.array([1.0, 2.0]))
       Array([2., 4.], dtype=float32)
     """
-    both = value_and_grad(f, argnums, has_aux, holomorphic, allow_int, strict=strict)
+    both = value_and_grad(fun, argnums, has_aux, holomorphic, allow_int, strict=strict)
 
-    @functools.wraps(f, assigned=_NAMES, updated=())
+    @functools.wraps(fun, assigned=_NAMES, updated=())
     def gradient(*args, **kwargs):
         value, g = both(*args, **kwargs)
         return (g, value[1]) if has_aux else g
@@ -175,7 +181,7 @@ def grad(
 
 
 def value_and_grad(
-    f: Callable,
+    fun: Callable,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     holomorphic: bool = False,
@@ -193,15 +199,15 @@ def value_and_grad(
       >>> float(value), float(gradient)
       (0.0, 1.0)
     """
-    if not callable(f):
-        raise TypeError(f"grad differentiates functions, but its first argument is {f!r}")
-    several = not isinstance(argnums, int)
+    if not callable(fun):
+        raise TypeError(f"grad differentiates functions, but its first argument is {fun!r}")
+    several = not hasattr(argnums, "__index__")
     try:
-        chosen = [operator.index(i) for i in ([argnums] if isinstance(argnums, int) else argnums)]
+        chosen = [operator.index(i) for i in (argnums if several else [argnums])]
     except TypeError:
         raise TypeError(f"argnums must be an int or a sequence of ints, got {argnums!r}") from None
 
-    @functools.wraps(f, assigned=_NAMES, updated=())
+    @functools.wraps(fun, assigned=_NAMES, updated=())
     def both(*args, **kwargs):
         if min(chosen, default=0) < -len(args):
             raise ValueError(
@@ -223,12 +229,12 @@ def value_and_grad(
             full = list(args)
             for i, value in zip(positions, values, strict=True):
                 full[i] = value
-            return f(*full, **kwargs)
+            return fun(*full, **kwargs)
 
         primals = tuple(args[i] for i in positions)
         for path, leaf in tree_flatten_with_path(primals)[0]:
             _check_input(leaf, f"{keystr(path)}", holomorphic, allow_int)
-        of_chosen = functools.wraps(f, assigned=_NAMES, updated=())(of_chosen)
+        of_chosen = functools.wraps(fun, assigned=_NAMES, updated=())(of_chosen)
         value, pullback, *aux = vjp(of_chosen, *primals, has_aux=has_aux, strict=strict)
         _check_output(value, holomorphic)
         gradients = pullback(lax.full_like(as_array(value), 1))

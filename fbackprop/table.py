@@ -36,6 +36,7 @@ from fbackprop.program import (
     find_primitive,
     has_forward_rule,
     is_inexact,
+    scalar,
     type_of,
     zeros,
 )
@@ -140,7 +141,7 @@ class LocalRule(Rule):
         outs = eqn.bind(*values)
         # Literals may be Python numbers; rules see arrays.
         values = [
-            v if hasattr(v, "shape") else np.asarray(v, aval.dtype)
+            v if hasattr(v, "shape") else scalar(v, aval)
             for v, aval in zip(values, eqn.in_avals, strict=True)
         ]
         available: dict[str, Any] = dict(zip(OPERANDS, values, strict=False))

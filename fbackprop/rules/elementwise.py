@@ -217,12 +217,15 @@ def _select_n(ct, x, eqn):
 
 @joint("convert_element_type")
 def _convert_element_type(ct, eqn):
-    wanted = eqn.in_avals[0].dtype
+    wanted = eqn.in_avals[0]
     if np.issubdtype(ct.dtype, np.complexfloating) and not np.issubdtype(
-        wanted, np.complexfloating
+        wanted.dtype, np.complexfloating
     ):
         ct = lax.real(ct)
-    return lax.convert_element_type(ct, wanted)
+    if (ct.dtype, eqn.params["weak_type"]) == (wanted.dtype, wanted.weak_type):
+        return ct
+    options = {**eqn.params, "new_dtype": wanted.dtype, "weak_type": wanted.weak_type}
+    return eqn.primitive.bind(ct, **options)
 
 
 row("reduce_precision", lambda ct, eqn: lax.reduce_precision(ct, **eqn.params))
