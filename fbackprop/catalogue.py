@@ -35,6 +35,8 @@ NOTES = {
     "pmin": "JAX has no derivative of it; stop_gradient its operand, or use all_gather and min",
     "pure_callback": _CALLBACK,
     "ragged_all_to_all": f"accelerators alone can run it: {_AUTHORS_RULE}",
+    "recorded_jvp": "a custom rule that ran on values, while the function was watched",
+    "recorded_vjp": "a custom rule that ran on values, while the function was watched",
     "swap": _REFERENCE,
     "to_edtype": f"extended dtypes: {_AUTHORS_RULE}",
     "while": "its number of iterations is not known; use scan, or fori_loop with static bounds",

@@ -223,12 +223,14 @@ class TracedFunction(NamedTuple):
       constants: the values that it closed over, to be passed first.
       out_structure: the tree of the (differentiated) output.
       unflatten: from the program's outputs to the function's output and auxiliary output.
+      on_values: whether it was traced on the values of its arguments.
     """
 
     program: Program
     constants: list
     out_structure: Any
     unflatten: Callable
+    on_values: bool
 
 
 def trace_function(
@@ -261,17 +263,8 @@ def trace_function(
     args = jax.tree.unflatten(structure, leaves)
     info = api_util.debug_info("vjp", f, args, {})
     wrapped = linear_util.wrap_init(flat, debug_info=info)
-    try:
-        if on_values:
-            program, constants = _watch(flat, leaves)
-        else:
-            avals = [type_of(x) for x in leaves]
-            jaxpr, _, constants = partial_eval.trace_to_jaxpr_dynamic(wrapped, avals)
-            program = _without_references(jaxpr)
-    except _LOOKED_AT_VALUES:
-        if not any(map(has_value, leaves)):
-            raise
-        program, constants = _watch(flat, leaves)
+    traced = None if on_values else _trace_abstractly(wrapped, leaves)
+    program, constants = traced or _watch(flat, leaves)
     # Auxiliary leaves that do not depend on the trace (numbers, strings) are passed by.
     aux_template = [None if isinstance(x, core.Tracer) else x for x in aux_leaves]
     traced_aux = [isinstance(x, core.Tracer) for x in aux_leaves]
@@ -289,7 +282,17 @@ def trace_function(
             jax.tree.unflatten(aux_structure, aux),
         )
 
-    return TracedFunction(program, list(constants), out_structure, unflatten)
+    return TracedFunction(program, list(constants), out_structure, unflatten, traced is None)
+
+
+def _trace_abstractly(wrapped, leaves: Sequence) -> tuple[Program, list] | None:
+    """The program of a function of abstract arguments; None if it looks at their values."""
+    try:
+        avals = [type_of(x) for x in leaves]
+        jaxpr, _, constants = partial_eval.trace_to_jaxpr_dynamic(wrapped, avals)
+    except Exception:  # asked for a value, a tracer gives errors of many types
+        return None
+    return _without_references(jaxpr), constants
 
 
 def _without_references(jaxpr) -> Program:
@@ -313,12 +316,6 @@ def _without_references(jaxpr) -> Program:
 # Outside of `jit` a differentiated function may branch on its arguments' values, as under
 # `jax.grad`. Such a function cannot be traced with abstract arguments. It is run once more with
 # tracers that know their value and note what is applied to them.
-
-_LOOKED_AT_VALUES = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
-)
 
 
 def has_value(x) -> bool:
@@ -392,12 +389,97 @@ class _WatchingTrace(core.Trace):
             return outs
         return outs[0]
 
+    def stage_value(self, value):
+        with core.set_current_trace(self.parent):
+            return self.parent.stage_value(value)
+
+    # Custom rules run at once: they may look at values, too.
+
     def process_custom_jvp_call(self, primitive, fun, jvp, args, /, **params):
+        if any(map(self._is_mine, args)):
+            return self._record_jvp(jvp, args, params["symbolic_zeros"])
         return self._apply(lambda *xs: primitive.bind(*xs, subfuns=(fun, jvp), **params), args)
 
     def process_custom_vjp_call(self, primitive, fun, fwd, bwd, args, /, **params):
+        if any(map(self._is_mine, args)):
+            return self._record_vjp(fwd, bwd, args, **params)
         subfuns = (fun, fwd, bwd)
         return self._apply(lambda *xs: primitive.bind(*xs, subfuns=subfuns, **params), args)
+
+    def _record_jvp(self, jvp, args, symbolic_zeros):
+        """Run a user's forward-mode rule on values; note the equations of its tangents."""
+        values = [x.value if self._is_mine(x) else x for x in args]
+        inner = _WatchingTrace(self.parent)
+        variables = [core.Var(tangent_aval(type_of(x))) for x in args if self._is_mine(x)]
+        remaining = iter(variables)
+        with core.set_current_trace(self.parent):
+            tangents = [
+                _Watched(inner, v := next(remaining), zeros(v.aval))
+                if self._is_mine(x)
+                else _no_tangent(type_of(x), symbolic_zeros)
+                for x in args
+            ]
+        with core.set_current_trace(inner):
+            results = jvp.call_wrapped(*values, *tangents)
+        outs, tangents_out = results[: len(results) // 2], results[len(results) // 2 :]
+        with core.set_current_trace(self.parent):
+            outputs = [
+                inner._variable(zeros(out) if isinstance(t, _ZEROS) else t)
+                for out, t in zip(map(type_of, outs), tangents_out, strict=True)
+                if is_inexact(out)
+            ]
+        names, constants = [v for v, _ in inner.constants], [x for _, x in inner.constants]
+        program = Program((*names, *variables), (), inner.equations, outputs)
+        return self._record(RECORDED_JVP, args, outs, constants, tangents=program)
+
+    def _record_vjp(self, fwd, bwd, args, out_trees, symbolic_zeros):
+        """Run a user's forward half on values; its residuals wait for the backward half."""
+        values = [x.value if self._is_mine(x) else x for x in args]
+        perturbed = tuple(map(self._is_mine, args))
+        forward, backward = _vjp_halves(fwd, bwd, out_trees, symbolic_zeros, perturbed)
+        with core.set_current_trace(self.parent):
+            outs, residuals = forward(*values)
+        return self._record(RECORDED_VJP, args, outs, residuals, backward=backward)
+
+    def _record(self, primitive, args, outs, residuals, **params):
+        mine = [x for x in args if self._is_mine(x)]
+        inputs = [self._variable(x) for x in (*mine, *outs, *residuals)]
+        outputs = [core.Var(type_of(x)) for x in outs]
+        params |= {"n_args": len(mine), "n_outs": len(outs)}
+        params["places"] = tuple(i for i, x in enumerate(args) if self._is_mine(x))
+        eqn = core.new_jaxpr_eqn(
+            inputs, outputs, primitive, params, core.no_effects, source_info_util.current()
+        )
+        self.equations.append(Recorded(eqn))
+        return [
+            _Watched(self, v, x) if is_inexact(v.aval) else x
+            for v, x in zip(outputs, outs, strict=True)
+        ]
+
+
+_ZEROS = (SymbolicZero, ad_util.Zero)
+
+
+def _no_tangent(aval, symbolic: bool):
+    """What a user's forward-mode rule gets for an argument that does not move."""
+    if symbolic:
+        return SymbolicZero(tangent_aval(aval))
+    return zeros(aval) if is_inexact(aval) else float0_zeros(aval.shape)
+
+
+# A user's custom rule that ran on values. Operands: its differentiated arguments, its results,
+# its residuals.
+RECORDED_JVP, RECORDED_VJP = Primitive("recorded_jvp"), Primitive("recorded_vjp")
+
+
+class Recorded(Equation):
+    """What a custom rule did, noted while it ran: the results stand, and are not computed again."""
+
+    __slots__ = ()
+
+    def bind(self, *values, **_) -> list:
+        n = self.params["n_args"]
+        return list(values[n : n + self.params["n_outs"]])
 
 
 def _as_list(out) -> list:
@@ -551,13 +633,15 @@ def custom_vjp_halves(eqn: Equation, perturbed: Sequence[bool]):
     """A user's `custom_vjp`: its forward and backward functions on flat arrays.
 
     Returns ``(fwd, bwd)``: ``fwd(*primals) -> (outputs, residuals)`` and
-    ``bwd(residuals, cotangents) -> cotangents of the primals`` with None for zero; a cotangent
-    may be given as None.
+    ``bwd(residuals, cotangents, avals) -> cotangents of the primals`` with None for zero; a
+    cotangent, of an output of the type in `avals`, may be given as None.
     """
-    fun_fwd_bwd = eqn.primitive.get_bind_params(eqn.params)["subfuns"]
-    _, fwd, bwd = fun_fwd_bwd
-    out_trees = eqn.params["out_trees"]
+    _, fwd, bwd = eqn.primitive.get_bind_params(eqn.params)["subfuns"]
+    trees, symbolic_zeros = eqn.params["out_trees"], eqn.params["symbolic_zeros"]
+    return _vjp_halves(fwd, bwd, trees, symbolic_zeros, perturbed)
 
+
+def _vjp_halves(fwd, bwd, out_trees, symbolic_zeros, perturbed):
     def forward(*primals):
         flat = [leaf for pair in zip(primals, perturbed, strict=True) for leaf in pair]
         residuals_and_outputs = fwd.call_wrapped(*flat)
@@ -567,19 +651,17 @@ def custom_vjp_halves(eqn: Equation, perturbed: Sequence[bool]):
         residuals = [next(fresh) if f is None else primals[f] for f in forwarded]
         return list(residuals_and_outputs[n:]), residuals
 
-    def backward(residuals, cotangents):
+    def backward(residuals, cotangents, avals):
         def zero(aval):
-            symbolic = eqn.params["symbolic_zeros"]
-            return SymbolicZero(cotangent_aval(aval)) if symbolic else zeros(aval)
+            return SymbolicZero(cotangent_aval(aval)) if symbolic_zeros else zeros(aval)
 
         cotangents = [
-            zero(aval) if ct is None else ct
-            for ct, aval in zip(cotangents, eqn.out_avals, strict=True)
+            zero(aval) if ct is None else ct for ct, aval in zip(cotangents, avals, strict=True)
         ]
         result = bwd.call_wrapped(*residuals, *cotangents)
         if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], list):
             result, _ = result  # JAX >= 0.12 returns logs beside the cotangents
-        return [None if isinstance(ct, (ad_util.Zero, SymbolicZero)) else ct for ct in result]
+        return [None if isinstance(ct, _ZEROS) else ct for ct in result]
 
     return forward, backward
 

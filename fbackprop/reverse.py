@@ -64,22 +64,40 @@ def vjp(fun: Callable, *primals, has_aux: bool = False, strict: bool = False):
     leaves, structure = jax.tree.flatten(primals)
     leaves = [as_array(x) for x in leaves]
     rules = STRICT if strict else DEFAULT
-    traced = trace_function(fun, leaves, structure, has_aux)
-    active = _active(traced, leaves)
-    if not reversible(rules, traced.program, active) and any(map(has_value, leaves)):
-        # The number of a loop's iterations may depend on nothing but the arguments' values.
-        traced = trace_function(fun, leaves, structure, has_aux, on_values=True)
-        active = _active(traced, leaves)
-    inputs = [*traced.constants, *leaves]
-    outs, tape = forward(rules, traced.program, active, inputs)
+    traced, active, outs, tape = _forward(rules, fun, leaves, structure, has_aux)
     value, aux = traced.unflatten(outs)
     sweep = _Sweep(rules, traced.program, active, traced.out_structure, structure)
     pullback = jax.tree_util.Partial(sweep, tape)
     return (value, pullback, aux) if has_aux else (value, pullback)
 
 
+def _forward(rules, fun, leaves, structure, has_aux):
+    """Trace and run a function; also returns which inputs of its program are differentiated.
+
+    What has no derivative for abstract arguments may have one for their values: a loop whose
+    length they determine, a custom rule that looks at them.
+    """
+
+    traced = trace_function(fun, leaves, structure, has_aux)
+    final = traced.on_values or not any(map(has_value, leaves))
+    if final or reversible(rules, traced.program, _active(traced, leaves)):
+        try:
+            return traced, *_run(rules, traced, leaves)
+        except Exception:
+            if final:
+                raise
+    traced = trace_function(fun, leaves, structure, has_aux, on_values=True)
+    return traced, *_run(rules, traced, leaves)
+
+
 def _active(traced, leaves) -> tuple[bool, ...]:
-    return (False,) * len(traced.constants) + tuple(is_inexact(type_of(x)) for x in leaves)
+    constants = (False,) * len(traced.constants)
+    return (*constants, *(is_inexact(type_of(x)) for x in leaves))
+
+
+def _run(rules, traced, leaves):
+    active = _active(traced, leaves)
+    return active, *forward(rules, traced.program, active, [*traced.constants, *leaves])
 
 
 class _Sweep(NamedTuple):
@@ -202,8 +220,9 @@ def value_and_grad(
     if not callable(fun):
         raise TypeError(f"grad differentiates functions, but its first argument is {fun!r}")
     several = not hasattr(argnums, "__index__")
+    wanted: Any = argnums if several else (argnums,)
     try:
-        chosen = [operator.index(i) for i in (argnums if several else [argnums])]
+        chosen = [operator.index(i) for i in wanted]
     except TypeError:
         raise TypeError(f"argnums must be an int or a sequence of ints, got {argnums!r}") from None
 

@@ -151,6 +151,67 @@ def test_leaks_no_tracers():
         jax.vmap(OURS)(X[None])
 
 
+@jax.custom_jvp
+def doubled_slope(x):
+    return jnp.sin(x) if x > 0 else jnp.cos(x)
+
+
+@doubled_slope.defjvp
+def _doubled_slope_jvp(primals, tangents):
+    (x,), (t,) = primals, tangents
+    return doubled_slope(x), 2 * t * (jnp.cos(x) if x > 0 else -jnp.sin(x))
+
+
+@jax.custom_vjp
+def tripled_slope(x, y):
+    return jnp.sin(x) * y if x > 0 else x + y
+
+
+def _tripled_slope_fwd(x, y):
+    return (tripled_slope(x, y), (x, y)) if x > 0 else (x + y, None)
+
+
+def _tripled_slope_bwd(residuals, ct):
+    if residuals is None:
+        return 3 * ct, ct
+    x, y = residuals
+    return 3 * ct * jnp.cos(x) * y, ct * jnp.sin(x) * float(x)
+
+
+tripled_slope.defvjp(_tripled_slope_fwd, _tripled_slope_bwd)
+
+
+@pytest.mark.parametrize("x", [1.3, -0.7])
+def test_custom_rules_that_look_at_values(x):
+    def f(x):
+        y = tripled_slope(doubled_slope(x) * 2, x)
+        return y * x if y > 0.5 else y + doubled_slope(jnp.floor(x)) + x**2
+
+    assert_close(fb.grad(f)(x), jax.grad(f)(x))
+
+    def twice(lib):  # a rule looks at a value that a gradient's gradient depends on
+        return lib.grad(lib.grad(doubled_slope))(x)
+
+    assert_close(twice(fb), twice(jax))
+
+    def constant_inside(lib):  # values are there though the argument is a batch
+        return jax.vmap(lib.grad(lambda y: doubled_slope(x) * y**2))(jnp.arange(3.0))
+
+    assert_close(constant_inside(fb), constant_inside(jax))
+
+
+def test_values_decide_the_shape_of_the_result():
+    x = jnp.array([3.0, 1.0, 3.0, 2.0])
+    for f in (
+        lambda x: jnp.unique(x) ** 2,
+        lambda x: x[x > 1.5] * 2,
+        lambda x: jnp.tile(x, int(x[1]) + 1),
+    ):
+        ours, theirs = fb.vjp(f, x), jax.vjp(f, x)
+        assert_close(ours[0], theirs[0])
+        assert_close(ours[1](ours[0]), theirs[1](theirs[0]))
+
+
 def test_loops_whose_length_is_known_from_values():
     """Outside of `jit` the bounds of a loop may be computed from the arguments."""
 

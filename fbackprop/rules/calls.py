@@ -5,6 +5,8 @@ from __future__ import annotations
 from jax import lax
 
 from fbackprop.program import (
+    RECORDED_JVP,
+    RECORDED_VJP,
     Program,
     blank,
     call,
@@ -17,7 +19,7 @@ from fbackprop.program import (
     zeros,
 )
 from fbackprop.split import Split, nonzero, spread
-from fbackprop.sweep import activity
+from fbackprop.sweep import activity, backward, forward
 from fbackprop.table import Rule, Rules, register
 
 
@@ -211,10 +213,47 @@ class CustomVJP(Rule):
         _, bwd = custom_vjp_halves(eqn, active)
         return [
             ct if a and is_inexact(aval) else None
-            for ct, a, aval in zip(bwd(kept, cts), active, eqn.in_avals, strict=True)
+            for ct, a, aval in zip(bwd(kept, cts, eqn.out_avals), active, eqn.in_avals, strict=True)
         ]
 
 
+class Recorded(Rule):
+    """A user's custom rule that ran while the function was watched."""
+
+    def forward(self, rules, eqn, active, values):
+        return eqn.bind(*values), values[eqn.params["n_args"] + eqn.params["n_outs"] :]
+
+    def pullback(self, rules, eqn, active, kept, cts):
+        found = self._leaving(rules, eqn, kept, cts)
+        found = [ct if a else None for ct, a in zip(found, active, strict=False)]
+        return [*found, *(None,) * (len(eqn.inputs) - len(found))]
+
+    def _leaving(self, rules, eqn, residuals, cts) -> list:
+        """Cotangents of the arguments that were watched."""
+        raise NotImplementedError
+
+
+class RecordedVJP(Recorded):
+    def _leaving(self, rules, eqn, residuals, cts):
+        found = eqn.params["backward"](residuals, cts, eqn.out_avals)
+        return [found[i] for i in eqn.params["places"]]
+
+
+class RecordedJVP(Recorded):
+    """The equations of the tangents, given the values, are linear: their sweep is the transpose."""
+
+    def _leaving(self, rules, eqn, residuals, cts):
+        program = eqn.params["tangents"]
+        n = len(residuals)
+        active = tuple(i >= n for i in range(len(program.inputs)))
+        _, tape = forward(rules, program, active, [*residuals, *map(zeros, program.in_avals[n:])])
+        pairs = zip(cts, eqn.out_avals, strict=True)
+        moving = [ct for ct, aval in pairs if is_inexact(aval)]
+        return backward(rules, program, active, tape, moving)[n:]
+
+
+register(RECORDED_JVP, RecordedJVP())
+register(RECORDED_VJP, RecordedVJP())
 register("jit", Jit())
 register("closed_call", Inline())
 register("eval_jaxpr", Inline())
