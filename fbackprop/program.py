@@ -666,6 +666,33 @@ def _vjp_halves(fwd, bwd, out_trees, symbolic_zeros, perturbed):
     return forward, backward
 
 
+def class_vjp_forward(eqn: Equation, active: Sequence[bool], values: Sequence):
+    """Forward half of a primitive that is a user's class (a "hijax" primitive) with a VJP rule.
+
+    Returns the results and the residuals, a pytree whose leaves need not all be arrays.
+    """
+    primitive = eqn.params["_prim"]
+    args = jax.tree.unflatten(primitive.in_tree, values)
+    moving = jax.tree.unflatten(primitive.in_tree, list(active))
+    out, residuals, *rest = primitive.vjp_fwd(moving, *args)
+    structured = (rest[1],) if len(rest) > 1 and rest[1] is not None else ()
+    return jax.tree.leaves(out), (residuals, *structured)
+
+
+def class_vjp_backward(eqn: Equation, residuals: tuple, cts: Sequence) -> list:
+    """Its backward half: cotangents of the operands, None for zero."""
+    primitive = eqn.params["_prim"]
+    cts = [
+        ad_util.Zero(cotangent_aval(aval)) if ct is None else ct
+        for ct, aval in zip(cts, eqn.out_avals, strict=True)
+    ]
+    out_ct = jax.tree.unflatten(primitive.out_tree, cts)
+    sums = [ad.ValAccum(cotangent_aval(aval)) for aval in eqn.in_avals]
+    primitive.vjp_bwd(*residuals, out_ct, *jax.tree.unflatten(primitive.in_tree, sums))
+    found = [total.freeze() for total in sums]
+    return [None if isinstance(ct, _ZEROS) else ct for ct in found]
+
+
 def has_transpose(primitive: Primitive) -> bool:
     """Whether the author of a linear primitive gave it a transpose."""
     return primitive in ad.primitive_transposes

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import jax
 from jax import lax
 
 from fbackprop.program import (
@@ -10,6 +13,8 @@ from fbackprop.program import (
     Program,
     blank,
     call,
+    class_vjp_backward,
+    class_vjp_forward,
     custom_vjp_halves,
     evaluate,
     inlined,
@@ -217,6 +222,33 @@ class CustomVJP(Rule):
         ]
 
 
+class ClassPrimitive(Rule):
+    """A primitive that is a user's own class: its backward rule is its author's."""
+
+    def forward(self, rules, eqn, active, values):
+        outs, residuals = class_vjp_forward(eqn, active, values)
+        leaves, structure = jax.tree.flatten(residuals)
+        # What is no array (which arguments move, for instance) must stay what it is under `jit`.
+        arrays = [x if isinstance(x, jax.Array) else None for x in leaves]
+        fixed = tuple(None if isinstance(x, jax.Array) else x for x in leaves)
+        return outs, jax.tree_util.Partial(_Fixed(structure, fixed), arrays)
+
+    def pullback(self, rules, eqn, active, kept, cts):
+        found = class_vjp_backward(eqn, kept(), cts)
+        return [ct if a else None for ct, a in zip(found, active, strict=True)]
+
+
+class _Fixed(NamedTuple):
+    """The part of a residual that is not arrays; called with those, the residual."""
+
+    structure: Any
+    leaves: tuple
+
+    def __call__(self, arrays):
+        pairs = zip(self.leaves, arrays, strict=True)
+        return self.structure.unflatten(x if array is None else array for x, array in pairs)
+
+
 class Recorded(Rule):
     """A user's custom rule that ran while the function was watched."""
 
@@ -254,6 +286,7 @@ class RecordedJVP(Recorded):
 
 register(RECORDED_JVP, RecordedJVP())
 register(RECORDED_VJP, RecordedVJP())
+register("call_hi_primitive", ClassPrimitive())
 register("jit", Jit())
 register("closed_call", Inline())
 register("eval_jaxpr", Inline())

@@ -51,6 +51,21 @@ def tangent_program(eqn: Equation, active):
 
 @memoized
 def _split(eqn: Equation, rules: Rules, active) -> Split:
+    avals = tuple((aval.shape, aval.dtype) for aval in eqn.in_avals)
+    signature = (eqn if eqn.primitive.name == "custom_jvp_call" else eqn.primitive, avals, active)
+    if signature in _under_way:  # it occurs in a call within its own tangent program
+        raise MissingRule(eqn.primitive, eqn.source, ENDLESS)
+    _under_way.append(signature)
+    try:
+        return _cut(eqn, rules, active)
+    finally:
+        _under_way.pop()
+
+
+_under_way: list = []
+
+
+def _cut(eqn: Equation, rules: Rules, active) -> Split:
     program, carries = tangent_program(eqn, active)
     n_in, n_tangents = len(eqn.inputs), sum(active)
     n_out, n_moving = len(eqn.outputs), sum(carries)
