@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
-from fbackprop.program import Equation, Program, Var, program_of
+from fbackprop.program import Equation, Program, Var, bodies, program_of
 
 # Primitives that cost about as much as reading their operands.
 CHEAP = frozenset(
@@ -33,6 +33,33 @@ def cheap(eqn: Equation) -> bool:
     if eqn.primitive.name == "jit":
         return all(cheap(e) for e in program_of(eqn.params["jaxpr"]).equations)
     return eqn.primitive.name in CHEAP and not eqn.has_effects
+
+
+def recomputable(policy: Callable | None, program: Program) -> Callable[[Equation], bool]:
+    """Which equations of a program its backward half may run again.
+
+    Cheap ones; where a checkpoint policy saves some of them, all but those. A loop or branch that
+    holds an equation to be saved runs once, and keeps what it must for that.
+    """
+    if policy is None or not any(_holds_saved(eqn, policy) for eqn in program.equations):
+        return cheap
+    return all_but_saved(policy)
+
+
+def all_but_saved(policy: Callable | None) -> Callable[[Equation], bool]:
+    """Everything may be run again, save effects and what the checkpoint policy saves."""
+    return lambda eqn: not (eqn.has_effects or (policy and _holds_saved(eqn, policy)))
+
+
+def _holds_saved(eqn: Equation, policy: Callable) -> bool:
+    if _saves(policy(eqn.primitive, *eqn.in_avals, **eqn.params)):
+        return True
+    return any(_holds_saved(e, policy) for body in bodies(eqn) for e in body.equations)
+
+
+def _saves(decision) -> bool:
+    """Policies answer with a boolean or with one of JAX's markers for save and recompute."""
+    return decision if isinstance(decision, bool) else "Recompute" not in repr(decision)
 
 
 def nbytes(v: Var) -> int:

@@ -599,6 +599,17 @@ def as_array(x) -> jax.Array:
 # --- parameters of control-flow and custom-rule equations ---------------------------------------
 
 
+@memoized
+def bodies(eqn: Equation) -> tuple[Program, ...]:
+    """The programs that an equation holds: of calls, loops, branches."""
+    leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
+    return tuple(program_of(leaf) for leaf in leaves if _is_jaxpr(leaf))
+
+
+def _is_jaxpr(x) -> bool:  # before JAX 0.12 there are open and closed ones
+    return isinstance(x, (core.Jaxpr, getattr(core, "ClosedJaxpr", core.Jaxpr)))
+
+
 def scan_counts(params: dict) -> tuple[int, int]:
     """How many of a scan's operands are loop constants and how many are carry."""
     if "ft_in" in params:  # JAX >= 0.12

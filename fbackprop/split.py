@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 
 from fbackprop import sweep
-from fbackprop.plan import cheap, choose, steps_between
+from fbackprop.plan import choose, recomputable, steps_between
 from fbackprop.program import (
     Equation,
     Program,
@@ -58,7 +58,8 @@ class Split:
       unknown_inputs: which inputs the forward half must do without: the tangents of a linear
         program, whose sweep is its transpose.
       computed_outputs: which outputs the forward half must compute; by default all.
-      recompute: which equations the backward half may run again.
+      recompute: which equations the backward half may run again; by default what is cheap, or
+        what the checkpoint policy in force does not save.
 
     Attributes:
       forward: closed jaxpr, known inputs -> computed outputs followed by the extras.
@@ -79,7 +80,7 @@ class Split:
         invariant_inputs: Mask | None = None,
         unknown_inputs: Mask | None = None,
         computed_outputs: Mask | None = None,
-        recompute: Callable[[Equation], bool] = cheap,
+        recompute: Callable[[Equation], bool] | None = None,
     ):
         self.rules, self.program, self.active = rules, program, active
         computed_outputs = computed_outputs or (True,) * len(program.outputs)
@@ -98,7 +99,7 @@ class Split:
             if f and isinstance(v, Var):
                 places[v] = ("output", i)
         wanted = [v for v in self._leaves if isinstance(v, Var)]
-        self.kept = choose(body, wanted, places, recompute)
+        self.kept = choose(body, wanted, places, recompute or recomputable(rules.policy, body))
         self.extras = [v for v in self.kept if v not in places]
         places.update((v, ("extra", i)) for i, v in enumerate(self.extras))
         self.places = [places[v] for v in self.kept]

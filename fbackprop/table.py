@@ -197,10 +197,20 @@ def fit(ct, aval, eqn: Equation):
 
 
 class Rules:
-    """A choice of rules: the table, with what to do about primitives that are not in it."""
+    """A choice of rules: the table, with what to do about primitives that are not in it.
 
-    def __init__(self, strict: bool = False):
-        self.strict = strict
+    Attributes:
+      strict: refuse primitives without a hand-written rule.
+      policy: the checkpoint policy that says what may pass between the two passes, if any.
+    """
+
+    def __init__(self, strict: bool = False, policy: Callable | None = None):
+        self.strict, self.policy = strict, policy
+        self.under = functools.cache(self._under)
+
+    def _under(self, policy: Callable | None) -> Rules:
+        """The same rules under a checkpoint policy; the same object for the same policy."""
+        return Rules(self.strict, policy)
 
     def of(self, eqn: Equation) -> Rule:
         """The rule for an equation.

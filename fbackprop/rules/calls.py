@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
+from fbackprop.plan import all_but_saved
 from fbackprop.program import (
     RECORDED_JVP,
     RECORDED_VJP,
@@ -108,24 +109,16 @@ class Remat(Inline):
 
 @memoized
 def _checkpointed(program: Program, rules: Rules, active, policy) -> Split:
-    def recompute(eqn) -> bool:
-        return not eqn.has_effects and (
-            policy is None or not _saves(policy(eqn.primitive, *eqn.in_avals, **eqn.params))
-        )
-
+    if policy is not None:
+        program = inlined(program)  # policies speak of single equations
     return Split(
-        rules,
-        program if policy is None else inlined(program),  # policies speak of single equations
+        rules.under(policy),
+        program,
         active,
         free_inputs=(True,) * len(program.inputs),
         free_outputs=(False,) * len(program.outputs),
-        recompute=recompute,
+        recompute=all_but_saved(policy),
     )
-
-
-def _saves(decision) -> bool:
-    """Policies answer with a boolean or with one of JAX's markers for save and recompute."""
-    return decision if isinstance(decision, bool) else "Recompute" not in repr(decision)
 
 
 class Cond(Rule):

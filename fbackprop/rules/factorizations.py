@@ -63,16 +63,9 @@ def _cholesky(ct, out):
     options = {"transpose_a": True, "conjugate_a": True, "lower": True}
     gradient = _triangular(factor, inner, **options)
     gradient = linalg.triangular_solve(factor, gradient, left_side=False, lower=True)
-    if CHOLESKY_READS_ONE_TRIANGLE:
-        gradient = _fold(gradient)
+    if CHOLESKY_READS_ONE_TRIANGLE:  # what the upper triangle gets belongs to the lower one
+        gradient = _halve_diagonal(lax.add(gradient, adjoint(gradient)))
     return conj(gradient)
-
-
-def _fold(gradient):
-    """The gradient of the lower triangle of a Hermitian matrix that is given by it."""
-    on_diagonal = lax.mul(gradient, eye_like(gradient))
-    below = triangle(lax.add(gradient, adjoint(gradient)), lower=True, offset=1)
-    return lax.add(below, lax.sub(on_diagonal, imaginary(on_diagonal)))
 
 
 # --- lu -------------------------------------------------------------------------------------------

@@ -313,6 +313,24 @@ def test_dtypes_follow_primals():
         assert fb.grad(f)(np.asarray(X, np.float64)).dtype == jnp.float64
 
 
+@pytest.mark.parametrize("loop", ["scan", "cond"])
+def test_checkpoint_policy_reaches_into_loops_and_branches(loop):
+    """Products that the policy saves run once, though a loop or a branch holds them."""
+
+    def body(carry, _):
+        return jnp.tanh(jnp.sin(carry @ W) @ W.T) + carry, None
+
+    def f(x):
+        if loop == "scan":
+            return lax.scan(body, x, length=3)[0]
+        return lax.cond(x[0, 0] > 0, lambda x: body(x, None)[0], lambda x: x, x)
+
+    for policy, products in ((POLICIES.dots_saveable, 4), (POLICIES.nothing_saveable, 6)):
+        loss = lambda x, p=policy: jnp.sum(jax.checkpoint(f, policy=p)(x))  # noqa: E731
+        assert str(jax.make_jaxpr(fb.grad(loss))(X)).count("dot_general") == products
+        assert_close(fb.grad(loss)(X), jax.grad(loss)(X), scale=5)
+
+
 def test_checkpoint_policy_reaches_into_calls():
     """What a policy saves is saved, in the jit-ted `jnp.einsum` too: no product is run again."""
 
