@@ -186,7 +186,9 @@ def least_squares(
         optimal = (predicted <= rtol**2 * fit.cost + atol) & (
             jnp.abs(actual) <= rtol * fit.cost + atol
         )
-        negligible = (damping == 0) & (length <= rtol * size) & ~hopeless
+        # The damping of a singular problem's shortest step is not the trust region's doing.
+        free = (damping == 0) | (length < 0.9 * radius)
+        negligible = free & (length <= rtol * size) & ~hopeless
 
         verdict = fit._replace(
             radius=next_radius,
@@ -299,6 +301,7 @@ def _trust_region_step(
     """
     identity = jnp.eye(projected.size, dtype=triangle.dtype)
     tiny = jnp.finfo(triangle.dtype).tiny
+    noise = projected.size * jnp.finfo(triangle.dtype).eps
 
     def solve(damping: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """z(λ), ‖z(λ)‖ and Newton's derivative, −d‖z‖/dλ ÷ ‖z‖. Length inf where singular."""
@@ -306,7 +309,10 @@ def _trust_region_step(
         q, root = jnp.linalg.qr(stacked)
         step = -solve_triangular(root, q[: projected.size].T @ projected)
         length = jnp.linalg.norm(step)
-        length = jnp.where(jnp.isfinite(length), length, jnp.inf)
+        # Undamped, a diagonal that is rounding error decides how far to go along a null direction.
+        pivots = jnp.abs(jnp.diagonal(root))
+        singular = (damping == 0) & (length > 0) & (jnp.min(pivots) <= noise * jnp.max(pivots))
+        length = jnp.where(jnp.isfinite(length) & ~singular, length, jnp.inf)
         rate = jnp.sum(solve_triangular(root, step / length, trans="T") ** 2)
         return step, length, rate
 

@@ -35,6 +35,7 @@ from fbackprop.program import (
     cotangent_aval,
     find_primitive,
     has_forward_rule,
+    has_transpose,
     is_inexact,
     scalar,
     type_of,
@@ -202,15 +203,21 @@ class Rules:
     Attributes:
       strict: refuse primitives without a hand-written rule.
       policy: the checkpoint policy that says what may pass between the two passes, if any.
+      linear: whether what is swept is linear, a program of tangents: its sweep is its transpose.
     """
 
-    def __init__(self, strict: bool = False, policy: Callable | None = None):
-        self.strict, self.policy = strict, policy
+    def __init__(self, strict: bool = False, policy: Callable | None = None, linear: bool = False):
+        self.strict, self.policy, self.linear = strict, policy, linear
         self.under = functools.cache(self._under)
 
     def _under(self, policy: Callable | None) -> Rules:
         """The same rules under a checkpoint policy; the same object for the same policy."""
-        return Rules(self.strict, policy)
+        return Rules(self.strict, policy, self.linear)
+
+    @functools.cached_property
+    def of_tangents(self) -> Rules:
+        """The same rules for a program that is linear."""
+        return self if self.linear else Rules(self.strict, None, linear=True)
 
     def of(self, eqn: Equation) -> Rule:
         """The rule for an equation.
@@ -218,7 +225,8 @@ class Rules:
         Raises:
           MissingRule: when strict and the primitive has no hand-written rule.
         """
-        rule = TABLE.get(eqn.primitive)
+        rule = LINEAR.get(eqn.primitive) if self.linear else None
+        rule = rule or TABLE.get(eqn.primitive)
         if rule is not None:
             return rule
         if self.strict and any(is_inexact(aval) for aval in eqn.out_avals):
@@ -226,12 +234,16 @@ class Rules:
             underivable = " (none can be derived, since it has no forward-mode rule either)"
             remedy = derivable if has_forward_rule(eqn.primitive) else underivable
             raise MissingRule(eqn.primitive, eqn.source, remedy)
-        return DERIVED[0]
+        transposable = self.linear and has_transpose(eqn.primitive)
+        return TRANSPOSED[0] if transposable else DERIVED[0]
 
 
 TABLE: dict[Primitive, Rule] = {}
 ABSENT: dict[str, Rule] = {}  # rows for primitives that this release of JAX does not have
-DERIVED: list[Rule] = []  # the rule for all others, put here by `fbackprop.rules.derived`
+LINEAR: dict[Primitive, Rule] = {}  # rows that differ where what is swept is linear
+# The rules for all others, put here by `fbackprop.rules.derived`.
+DERIVED: list[Rule] = []
+TRANSPOSED: list[Rule] = []
 
 
 def register(key: str | Primitive, rule: Rule) -> Rule:

@@ -7,22 +7,24 @@ forward-mode rule, or a user's `custom_jvp` function, has a backward rule alread
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 
 from fbackprop.program import (
     Equation,
     evaluate,
-    has_transpose,
     is_inexact,
     memoized,
+    primitive,
     program_of,
     tangent_aval,
     trace,
     transpose,
 )
+from fbackprop.rules.calls import Inline
 from fbackprop.split import Split, nonzero, spread
-from fbackprop.sweep import activity
-from fbackprop.table import DERIVED, MissingRule, Rule, Rules, register
+from fbackprop.table import DERIVED, LINEAR, TRANSPOSED, MissingRule, Rule, Rules, register
 
 
 @memoized
@@ -51,13 +53,37 @@ def tangent_program(eqn: Equation, active):
 
 @memoized
 def _split(eqn: Equation, rules: Rules, active) -> Split:
+    program, carries = tangent_program(eqn, active)
+    n_in, n_tangents = len(eqn.inputs), sum(active)
+    n_out, n_moving = len(eqn.outputs), sum(carries)
+    tangents = (False,) * n_in + (True,) * n_tangents
+    with _no_recurrence(eqn, active):
+        return Split(
+            rules.of_tangents,
+            program,
+            tangents,
+            free_inputs=(True,) * n_in + (False,) * n_tangents,
+            free_outputs=(True,) * n_out + (False,) * n_moving,
+            unknown_inputs=tangents,
+            computed_outputs=(True,) * n_out + (False,) * n_moving,
+        )
+
+
+@contextlib.contextmanager
+def _no_recurrence(eqn: Equation, active):
+    """An error where deriving a primitive's rule leads back to the same primitive."""
     avals = tuple((aval.shape, aval.dtype) for aval in eqn.in_avals)
     signature = (eqn if eqn.primitive.name == "custom_jvp_call" else eqn.primitive, avals, active)
-    if signature in _under_way:  # it occurs in a call within its own tangent program
-        raise MissingRule(eqn.primitive, eqn.source, ENDLESS)
+    if signature in _under_way:
+        raise MissingRule(
+            eqn.primitive,
+            eqn.source,
+            " (none can be derived, since its forward-mode rule uses the primitive itself, and "
+            "it has no transpose)",
+        )
     _under_way.append(signature)
     try:
-        return _cut(eqn, rules, active)
+        yield
     finally:
         _under_way.pop()
 
@@ -65,55 +91,10 @@ def _split(eqn: Equation, rules: Rules, active) -> Split:
 _under_way: list = []
 
 
-def _cut(eqn: Equation, rules: Rules, active) -> Split:
-    program, carries = tangent_program(eqn, active)
-    n_in, n_tangents = len(eqn.inputs), sum(active)
-    n_out, n_moving = len(eqn.outputs), sum(carries)
-    tangents = (False,) * n_in + (True,) * n_tangents
-    return Split(
-        rules,
-        program,
-        tangents,
-        free_inputs=(True,) * n_in + (False,) * n_tangents,
-        free_outputs=(True,) * n_out + (False,) * n_moving,
-        unknown_inputs=tangents,
-        computed_outputs=(True,) * n_out + (False,) * n_moving,
-    )
-
-
-@memoized
-def _is_linear(eqn: Equation, rules: Rules, active) -> bool:
-    """Whether the primitive is its own tangent program, so that sweeping that would never end."""
-    if eqn.primitive.name == "custom_jvp_call":
-        return False
-    program, _ = tangent_program(eqn, active)
-    tangents = tuple(i >= len(eqn.inputs) for i in range(len(program.inputs)))
-    steps = activity(program, rules, tangents).steps
-    for e, moving in zip(program.equations, steps, strict=True):
-        if moving is None or e.primitive is not eqn.primitive:
-            continue
-        if len(moving) != len(active):  # a construct that carries its own tangents along
-            raise MissingRule(eqn.primitive, eqn.source, ENDLESS)
-        if moving == active:
-            return True
-    return False
-
-
-ENDLESS = " (none can be derived, since its forward-mode rule uses the primitive itself)"
-
-
 class Derived(Rule):
-    """Any primitive with a forward-mode rule, and every `custom_jvp` function.
-
-    A linear primitive of another library is transposed by the rule that its author gave it.
-    """
+    """Any primitive with a forward-mode rule, and every `custom_jvp` function."""
 
     def forward(self, rules, eqn, active, values):
-        if _is_linear(eqn, rules, active):
-            if not has_transpose(eqn.primitive):
-                raise MissingRule(eqn.primitive, eqn.source, ENDLESS)
-            fixed = [None if a else v for v, a in zip(values, active, strict=True)]
-            return eqn.bind(*values), fixed
         split = _split(eqn, rules, active)
         unknown = [None] * sum(active)
         results = evaluate(program_of(split.forward), [*values, *unknown])
@@ -121,8 +102,6 @@ class Derived(Rule):
         return results[:n], split.gather(values, results[:n], results[n:])
 
     def pullback(self, rules, eqn, active, kept, cts):
-        if _is_linear(eqn, rules, active):
-            return transpose(eqn, active, kept, cts)
         carries = [is_inexact(aval) for aval in eqn.out_avals]
         moving = [ct for ct, c in zip(cts, carries, strict=True) if c]
         half = _split(eqn, rules, active).backward((*(False,) * len(cts), *nonzero(moving)))
@@ -131,5 +110,17 @@ class Derived(Rule):
         return spread(found[len(eqn.inputs) :], active)
 
 
+class Transposed(Rule):
+    """A primitive of another library among tangents: transposed by the rule of its author."""
+
+    def forward(self, rules, eqn, active, values):
+        return eqn.bind(*values), [None if a else v for v, a in zip(values, active, strict=True)]
+
+    def pullback(self, rules, eqn, active, kept, cts):
+        return transpose(eqn, active, kept, cts)
+
+
 register("custom_jvp_call", Derived())
+LINEAR[primitive("custom_jvp_call")] = Inline()  # among tangents, a linear function is itself
 DERIVED.append(Derived())
+TRANSPOSED.append(Transposed())
