@@ -623,17 +623,26 @@ def while_counts(params: dict) -> tuple[int, int]:
     return params["cond_nconsts"], params["body_nconsts"]
 
 
-def call(eqn: Equation, jaxpr, name: str, values: Sequence) -> list:
-    """Call `jaxpr` on `values` as one jit-ted call, like the jit equation `eqn` does its own."""
+def call(eqn: Equation, jaxpr, name: str, values: Sequence, extends: bool = False) -> list:
+    """Call `jaxpr` on `values` as one jit-ted call, like the jit equation `eqn` does its own.
+
+    If it `extends` that, with the same operands and with further results, then what both have lies
+    on the devices as the user said.
+    """
     n_in, n_out = len(jaxpr.in_avals), len(jaxpr.out_avals)
+
+    def of(operands: str, default, count: int) -> tuple:
+        known = tuple(eqn.params[operands]) if extends else ()
+        return known + (default,) * (count - len(known))
+
     params = dict(
         eqn.params,
         jaxpr=jaxpr,
         name=name,
-        in_shardings=(UNSPECIFIED,) * n_in,
-        out_shardings=(UNSPECIFIED,) * n_out,
-        in_layouts=(None,) * n_in,
-        out_layouts=(None,) * n_out,
+        in_shardings=of("in_shardings", UNSPECIFIED, n_in),
+        out_shardings=of("out_shardings", UNSPECIFIED, n_out),
+        in_layouts=of("in_layouts", None, n_in),
+        out_layouts=of("out_layouts", None, n_out),
         donated_invars=(False,) * n_in,
     )
     with eqn.context():

@@ -74,7 +74,7 @@ class Jit(Inline):
     jaxpr = "jaxpr"
 
     def _run(self, eqn, jaxpr, values, suffix=""):
-        return call(eqn, jaxpr, eqn.params["name"] + suffix, values)
+        return call(eqn, jaxpr, eqn.params["name"] + suffix, values, extends=not suffix)
 
 
 class Annotated(Inline):

@@ -135,3 +135,23 @@ def test_sharding_constraint():
     gradient = jax.jit(fb.grad(lambda x: jnp.sum(f(x) ** 2)))(sharded)
     np.testing.assert_allclose(gradient, jax.grad(lambda x: jnp.sum(f(x) ** 2))(SQUARE), rtol=1e-5)
     assert gradient.sharding.is_equivalent_to(rows, 2)
+
+
+def test_shardings_of_a_call():
+    """What a jit-ted function says of where its arguments lie holds in its forward half."""
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, P("i"))
+    whole = jax.sharding.NamedSharding(mesh, P())
+
+    @functools.partial(jax.jit, in_shardings=(whole, rows), out_shardings=rows)
+    def layer(w, x):
+        return jnp.tanh(jnp.sin(x[:, :3]) @ w)
+
+    def loss(w):
+        return jnp.sum(layer(w, SQUARE) ** 2)
+
+    assert_close(fb.grad(loss)(W), jax.grad(loss)(W), scale=5)
+    jaxpr = jax.make_jaxpr(fb.grad(loss))(W)
+    (forward,) = [e for e in jaxpr.jaxpr.eqns if e.params.get("name") == "layer"]
+    assert forward.params["in_shardings"] == (whole, rows)
+    assert forward.params["out_shardings"][0] == rows
