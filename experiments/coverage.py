@@ -6,15 +6,28 @@ python -m experiments.coverage --write   # to docs/coverage.md
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import tyro
 
 import fbackprop as fb
+from experiments import command
 
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The documentation's page on coverage, for the JAX at hand."""
+
+    write: bool = False
+    """Write the page instead of printing it."""
+    to: Path = PAGE
+    """Where to write it."""
 
 
 def page() -> str:
@@ -44,17 +57,19 @@ def _place(row: fb.PrimitiveCoverage) -> str:
     return "; ".join(filter(None, [place, row.note]))
 
 
-def main(write: bool = False) -> None:
-    """Print the page on coverage, or write it to the documentation.
-
-    Args:
-      write: replace docs/coverage.md.
-    """
-    if write:
-        PAGE.write_text(page())
+def script(settings: Settings) -> int:
+    """Print or write the page."""
+    if settings.write:
+        settings.to.write_text(page())
     else:
         print(page(), end="")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
+    return command.run(Settings, script, arguments)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(main())
