@@ -17,11 +17,11 @@ NOTES = {
     "accum_grad_in_ref": _REFERENCE,
     "addupdate": _REFERENCE,
     "buffer_callback": _CALLBACK,
-    "call_hi_primitive": "by the forward-mode rule of the user's own class of primitives",
+    "call_hi_primitive": "by the backward rule of its author's class",
     "composite": "JAX asks for a custom_jvp around it",
     "custom_jvp_call": "by the user's own forward-mode rule, swept",
     "custom_vjp_call": "by the user's own backward rule",
-    "custom_vmap_call": "derived where its batching rule is not needed on the way",
+    "custom_vmap_call": "JAX cannot transpose it either; put a custom_vjp around it",
     "empty_ref": _REFERENCE,
     "ffi_call": _CALLBACK,
     "free_ref": _REFERENCE,
@@ -35,6 +35,7 @@ NOTES = {
     "pmin": "JAX has no derivative of it; stop_gradient its operand, or use all_gather and min",
     "pure_callback": _CALLBACK,
     "ragged_all_to_all": f"accelerators alone can run it: {_AUTHORS_RULE}",
+    "run_state": "JAX cannot transpose it either; use jax.new_ref",
     "recorded_jvp": "a custom rule that ran on values, while the function was watched",
     "recorded_vjp": "a custom rule that ran on values, while the function was watched",
     "swap": _REFERENCE,
@@ -42,7 +43,9 @@ NOTES = {
     "while": "its number of iterations is not known; use scan, or fori_loop with static bounds",
 }
 NOT_DIFFERENTIABLE = frozenset(
-    "buffer_callback composite ffi_call io_callback pure_callback while".split()
+    """
+    buffer_callback composite custom_vmap_call ffi_call io_callback pure_callback run_state while
+    """.split()
 )
 
 

@@ -352,9 +352,17 @@ class _WatchingTrace(core.Trace):
     def _is_mine(self, x) -> bool:
         return isinstance(x, _Watched) and x._trace is self
 
+    def _values(self, args) -> list:
+        return [x.value if self._is_mine(x) else x for x in args]
+
+    def program(self, inputs, outputs) -> tuple[Program, list]:
+        """What was noted, as a program of constants and then `inputs`; and the constants."""
+        names, constants = [v for v, _ in self.constants], [x for _, x in self.constants]
+        return Program((*names, *inputs), (), self.equations, outputs), constants
+
     def _apply(self, function, args):
         """Trace one application, run its equations, and note them under our variables."""
-        values = [x.value if self._is_mine(x) else x for x in args]
+        values = self._values(args)
         here = source_info_util.current()
         with core.set_current_trace(self.parent):
             if not any(map(self._is_mine, args)):
@@ -408,7 +416,7 @@ class _WatchingTrace(core.Trace):
 
     def _record_jvp(self, jvp, args, symbolic_zeros):
         """Run a user's forward-mode rule on values; note the equations of its tangents."""
-        values = [x.value if self._is_mine(x) else x for x in args]
+        values = self._values(args)
         inner = _WatchingTrace(self.parent)
         variables = [core.Var(tangent_aval(type_of(x))) for x in args if self._is_mine(x)]
         remaining = iter(variables)
@@ -428,13 +436,12 @@ class _WatchingTrace(core.Trace):
                 for out, t in zip(map(type_of, outs), tangents_out, strict=True)
                 if is_inexact(out)
             ]
-        names, constants = [v for v, _ in inner.constants], [x for _, x in inner.constants]
-        program = Program((*names, *variables), (), inner.equations, outputs)
+        program, constants = inner.program(variables, outputs)
         return self._record(RECORDED_JVP, args, outs, constants, tangents=program)
 
     def _record_vjp(self, fwd, bwd, args, out_trees, symbolic_zeros):
         """Run a user's forward half on values; its residuals wait for the backward half."""
-        values = [x.value if self._is_mine(x) else x for x in args]
+        values = self._values(args)
         perturbed = tuple(map(self._is_mine, args))
         forward, backward = _vjp_halves(fwd, bwd, out_trees, symbolic_zeros, perturbed)
         with core.set_current_trace(self.parent):
@@ -498,8 +505,7 @@ def _watch(flat: Callable, leaves: Sequence) -> tuple[Program, list]:
         with core.set_current_trace(trace):
             outs = flat(*watched)
         outputs = [trace._variable(x) for x in outs]
-    names, constants = [v for v, _ in trace.constants], [x for _, x in trace.constants]
-    return Program((*names, *variables), (), trace.equations, outputs), constants
+    return trace.program(variables, outputs)
 
 
 source_info_util.register_exclusion(__file__)

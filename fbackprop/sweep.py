@@ -138,12 +138,13 @@ def _locate(error: Exception, eqn: Equation) -> None:
 NOTE = "While differentiating"
 
 
-def pull(rules: Rules, function: Callable, values: Sequence, cts: Sequence) -> list:
-    """Cotangents of arrays from those of a function of them: for rules written as functions.
-
-    `function` takes the arrays and returns a list of arrays.
-    """
-    program = trace(function, [type_of(x) for x in values])
-    active = tuple(is_inexact(type_of(x)) for x in values)
+def pull(rules: Rules, program: Program, active: Mask, values: Sequence, cts: Sequence) -> list:
+    """Cotangents of a program's inputs from those of its outputs, by both passes at once."""
     _, tape = forward(rules, program, active, values)
     return backward(rules, program, active, tape, cts)
+
+
+def pull_function(rules: Rules, function: Callable, values: Sequence, cts: Sequence) -> list:
+    """The same for a function of arrays that returns a list: for rules written as functions."""
+    avals = [type_of(x) for x in values]
+    return pull(rules, trace(function, avals), tuple(map(is_inexact, avals)), values, cts)

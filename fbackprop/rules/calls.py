@@ -25,7 +25,7 @@ from fbackprop.program import (
     zeros,
 )
 from fbackprop.split import Split, nonzero, spread
-from fbackprop.sweep import activity, backward, forward
+from fbackprop.sweep import activity, pull
 from fbackprop.table import Rule, Rules, register
 
 
@@ -271,10 +271,10 @@ class RecordedJVP(Recorded):
         program = eqn.params["tangents"]
         n = len(residuals)
         active = tuple(i >= n for i in range(len(program.inputs)))
-        _, tape = forward(rules, program, active, [*residuals, *map(zeros, program.in_avals[n:])])
+        values = [*residuals, *map(zeros, program.in_avals[n:])]
         pairs = zip(cts, eqn.out_avals, strict=True)
         moving = [ct for ct, aval in pairs if is_inexact(aval)]
-        return backward(rules, program, active, tape, moving)[n:]
+        return pull(rules, program, active, values, moving)[n:]
 
 
 register(RECORDED_JVP, RecordedJVP())

@@ -14,7 +14,7 @@ from jax import lax
 
 from fbackprop.program import primitive, program_of, sharding_of, zeros
 from fbackprop.split import nonzero, spread
-from fbackprop.sweep import activity, backward, forward
+from fbackprop.sweep import activity, pull
 from fbackprop.table import Rule, joint, register, row
 
 
@@ -146,8 +146,7 @@ class ShardMap(Rule):
                     lax.div(ct, lax.full_like(ct, math.prod(sizes[a] for a in shared(spec))))
                     for ct, spec in zip(arriving, specs_out, strict=True)
                 ]
-            _, tape = forward(rules, program, active, values)
-            found = backward(rules, program, active, tape, spread(arriving, present))
+            found = pull(rules, program, active, values, spread(arriving, present))
             leaving = []
             for ct, aval, spec, a in zip(
                 found, program.in_avals, p["in_specs"], active, strict=True

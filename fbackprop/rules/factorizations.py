@@ -46,6 +46,10 @@ def _gradients(arriving, avals) -> list:
     return [zeros(a) if ct is None else conj(ct) for ct, a in zip(arriving, avals, strict=True)]
 
 
+def _plus(total, term):
+    return term if total is None else lax.add(total, term)
+
+
 # --- cholesky -------------------------------------------------------------------------------------
 
 
@@ -89,7 +93,7 @@ def _lu(arriving, outs):
     back = {"transpose_a": True, "conjugate_a": True}
     inner = _triangular(lower, inner, lower=True, unit_diagonal=True, **back)
     inner = linalg.triangular_solve(upper, inner, left_side=False, lower=False, **back)
-    return conj(_permute_rows_back(inner, permutation))
+    return conj(_permute_back(inner, permutation[..., None], axis=-2))
 
 
 def _complete(factor, size: int, k: int):
@@ -107,9 +111,8 @@ def _leading_eye(x, k: int):
     return lax.select(inside, eye_like(x), lax.full_like(x, 0))
 
 
-def _permute_rows_back(x, permutation):
-    inverse = jnp.argsort(permutation, axis=-1)
-    return jnp.take_along_axis(x, inverse[..., None], axis=-2)
+def _permute_back(x, permutation, axis: int):
+    return jnp.take_along_axis(x, jnp.argsort(permutation, axis=axis), axis=axis)
 
 
 # --- qr -------------------------------------------------------------------------------------------
@@ -133,8 +136,7 @@ def _qr(arriving, xs, outs, eqn):
             q, r, r_bar = columns(q, 0, n), rows(r, 0, n), rows(r_bar, 0, n)
         gradient = _thin_qr(q, r, q_bar, r_bar)
     if pivots:
-        inverse = jnp.argsort(pivots[0], axis=-1)
-        gradient = jnp.take_along_axis(gradient, inverse[..., None, :], axis=-1)
+        gradient = _permute_back(gradient, pivots[0][..., None, :], axis=-1)
     return conj(gradient)
 
 
@@ -195,7 +197,7 @@ def _eigh(arriving, outs, eqn):
     if v_bar is not None:
         gaps = lax.convert_element_type(_inverse_gaps(w), v.dtype)
         turned = lax.mul(gaps, matmul(adjoint(v), conj(v_bar)))
-        inner = turned if inner is None else lax.add(inner, turned)
+        inner = _plus(inner, turned)
     return conj(matmul(matmul(v, inner), adjoint(v)))
 
 
@@ -227,11 +229,7 @@ def _svd_gradient(u, s, v, u_bar, s_bar, v_bar):
     With dS = Uᴴ dA V: ds = diag(Re dS), and U, V turn by F ∘ (dS S + S dSᴴ) and F ∘ (S dS + dSᴴ S).
     """
     wide = functools.partial(lax.convert_element_type, new_dtype=u.dtype)
-    inner, outer = None, None
-
-    def plus(total, term):
-        return term if total is None else lax.add(total, term)
-
+    inner = None
     if u_bar is not None or v_bar is not None:
         gaps = wide(_inverse_gaps(lax.square(s)))
     if u_bar is not None:
@@ -243,9 +241,9 @@ def _svd_gradient(u, s, v, u_bar, s_bar, v_bar):
         inner = lax.add(inner, diagonal_matrix(phase))
     if v_bar is not None:
         turned = matmul(adjoint(v), v_bar)
-        inner = plus(inner, scale_rows(wide(s), _hermitian_sum(lax.mul(gaps, turned))))
+        inner = _plus(inner, scale_rows(wide(s), _hermitian_sum(lax.mul(gaps, turned))))
     if s_bar is not None:
-        inner = plus(inner, diagonal_matrix(wide(s_bar)))
+        inner = _plus(inner, diagonal_matrix(wide(s_bar)))
     gradient = matmul(matmul(u, inner), adjoint(v))
     # Beyond the square: what leaves the span of U, or of V.
     if u_bar is not None and u.shape[-2] > u.shape[-1]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from fbackprop.program import evaluate, is_inexact, program_of, sharding_of, zeros
-from fbackprop.sweep import pull
+from fbackprop.sweep import pull_function
 from fbackprop.table import joint, row
 
 # --- reductions ---------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def _reduce(arriving, xs, eqn, rules):
         arrays = combine(starts, arrays) if length else starts
         return [lax.squeeze(x, (0,)) for x in arrays]
 
-    return tuple(pull(rules, halve, xs, arriving))
+    return tuple(pull_function(rules, halve, xs, arriving))
 
 
 # --- cumulative operations ----------------------------------------------------------------------
@@ -113,7 +113,8 @@ def _cumulative(combine):
 
     def pullback(ct, x, eqn, rules):
         options = {"reverse": eqn.params["reverse"], "axis": eqn.params["axis"]}
-        return pull(rules, lambda x: [lax.associative_scan(combine, x, **options)], [x], [ct])[0]
+        scan = lambda x: [lax.associative_scan(combine, x, **options)]  # noqa: E731
+        return pull_function(rules, scan, [x], [ct])[0]
 
     return pullback
 

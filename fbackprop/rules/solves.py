@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 from jax import lax
 from jax.lax import linalg
 
 from fbackprop.program import program_of, zeros
-from fbackprop.rules.matrices import matmul, transposed, triangle
-from fbackprop.sweep import backward, forward
+from fbackprop.rules.matrices import conj, matmul, transposed, triangle
+from fbackprop.sweep import pull
 from fbackprop.table import Rule, joint, register, row
 
 # --- triangular_solve ----------------------------------------------------------------------------
@@ -29,8 +28,8 @@ def _matrix(ct, x, out, eqn):
     ct = matmul(ct, transposed(out)) if p["left_side"] else matmul(transposed(out), ct)
     if p["transpose_a"]:
         ct = transposed(ct)
-    if p["conjugate_a"] and np.issubdtype(ct.dtype, np.complexfloating):
-        ct = lax.conj(ct)
+    if p["conjugate_a"]:
+        ct = conj(ct)
     return lax.neg(triangle(ct, p["lower"], offset=int(p["unit_diagonal"])))
 
 
@@ -39,9 +38,10 @@ row("triangular_solve", _matrix, _right_side)
 # --- tridiagonal_solve ----------------------------------------------------------------------------
 
 
-def _shift(x, by: int):
-    """Move a diagonal's elements along by one place; a zero comes in."""
-    pads = [(0, 0, 0)] * (x.ndim - 1) + [(by, -by, 0)]
+def _shift(x, by: int, axis: int):
+    """Move elements along an axis by one place; zeros come in."""
+    pads = [(0, 0, 0)] * x.ndim
+    pads[axis] = (by, -by, 0)
     return lax.pad(x, lax.full_like(x, 0, shape=()), pads)
 
 
@@ -49,15 +49,11 @@ def _shift(x, by: int):
 def _tridiagonal_solve(ct, xs, out, eqn):
     """b̄ solves the transposed system; each diagonal gets the products that it entered in."""
     below, main, above, _ = xs
-    ct = eqn.primitive.bind(_shift(above, 1), main, _shift(below, -1), ct, **eqn.params)
-    products = [lax.mul(ct, moved) for moved in (_down(out, 1), out, _down(out, -1))]
+    diagonals = _shift(above, 1, axis=-1), main, _shift(below, -1, axis=-1)
+    ct = eqn.primitive.bind(*diagonals, ct, **eqn.params)
+    moved = _shift(out, 1, axis=-2), out, _shift(out, -1, axis=-2)
+    products = [lax.mul(ct, x) for x in moved]
     return (*(lax.neg(lax.reduce_sum(p, (p.ndim - 1,))) for p in products), ct)
-
-
-def _down(x, by: int):
-    """Move the rows of matrices down by one place; a row of zeros comes in."""
-    pads = [(0, 0, 0)] * (x.ndim - 2) + [(by, -by, 0), (0, 0, 0)]
-    return lax.pad(x, lax.full_like(x, 0, shape=()), pads)
 
 
 # --- custom_linear_solve --------------------------------------------------------------------------
@@ -113,8 +109,7 @@ class CustomLinearSolve(Rule):
             product = program_of(jaxprs.matvec)
             moving = (*of_matrix, *(False,) * len(solution))
             operands = [*constants[: lengths.matvec], *solution]
-            _, tape = forward(rules, product, moving, operands)
-            swept = backward(rules, product, moving, tape, [lax.neg(ct) for ct in right])
+            swept = pull(rules, product, moving, operands, [lax.neg(ct) for ct in right])
             found[: lengths.matvec] = swept[: lengths.matvec]
         return [*found, *right]
 

@@ -7,7 +7,7 @@ from jax import lax
 
 from fbackprop.program import close, primitive
 from fbackprop.rules.reductions import reducer
-from fbackprop.sweep import pull
+from fbackprop.sweep import pull_function
 from fbackprop.table import joint, row
 
 
@@ -64,7 +64,7 @@ def _reduce_window(arriving, xs, eqn, rules):
     jaxpr = close(eqn.params["jaxpr"], eqn.params["consts"])
     combine = reducer(jaxpr, xs[0].ndim)
     fold = lambda *operands: _fold(combine, operands[:n], operands[n:], eqn)  # noqa: E731
-    return tuple(pull(rules, fold, xs, arriving))
+    return tuple(pull_function(rules, fold, xs, arriving))
 
 
 def _window_extremum(select: str, combine, worst: float):
@@ -76,7 +76,8 @@ def _window_extremum(select: str, combine, worst: float):
         # Select-and-scatter knows no dilated windows; in a fold, elements that tie share.
         start = lax.full_like(x, worst, shape=())
         pairs = lambda a, b: [combine(a[0], b[0])]  # noqa: E731
-        return pull(rules, lambda x: _fold(pairs, [x], [start], eqn), [x], [ct])[0]
+        fold = lambda x: _fold(pairs, [x], [start], eqn)  # noqa: E731
+        return pull_function(rules, fold, [x], [ct])[0]
 
     return pullback
 
