@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax._src import ad_util, api_util, core, dtypes, linear_util, literals, source_info_util
 from jax._src.custom_derivatives import SymbolicZero
-from jax._src.interpreters import ad, partial_eval
+from jax._src.interpreters import ad, batching, mlir, partial_eval
 from jax._src.sharding_impls import UNSPECIFIED
 from jax._src.state import discharge
 from jax.extend.core import Literal, Primitive, Var
@@ -213,6 +213,32 @@ _programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def trace(function: Callable, avals: Sequence, name: str = "fbackprop") -> Program:
     """Trace a flat function of arrays with the abstract values `avals`."""
     return program_of(trace_jaxpr(function, avals, name))
+
+
+def trace_tree(function: Callable, *args) -> tuple[Program, Any]:
+    """Trace a function of pytrees (of arrays or `jax.ShapeDtypeStruct`s).
+
+    Returns the program on the leaves of the arguments, and the structure of its result.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    out_structure: Any = None
+
+    def flat(*leaves):
+        nonlocal out_structure
+        out_leaves, out_structure = jax.tree.flatten(
+            function(*jax.tree.unflatten(structure, leaves))
+        )
+        return [as_array(x) for x in out_leaves]
+
+    name = getattr(function, "__name__", "fbackprop")
+    return trace(flat, [shaped(x) for x in leaves], name), out_structure
+
+
+def shaped(x):
+    """The type of an array, or of what only has a shape and a dtype."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return core.ShapedArray(x.shape, x.dtype)
+    return x if isinstance(x, core.AbstractValue) else type_of(x)
 
 
 class TracedFunction(NamedTuple):
@@ -540,6 +566,17 @@ def with_outputs(jaxpr, outputs: Sequence):
     return close(inner.replace(outvars=list(outputs)), tuple(getattr(jaxpr, "consts", ())))
 
 
+# --- taps -----------------------------------------------------------------------------------------
+
+# ``tap(x, nudge)`` is x. In a sweep the cotangent of the nudge is that of x: a place to read it.
+TAP = Primitive("tap")
+TAP.def_impl(lambda x, nudge: x)
+TAP.def_abstract_eval(lambda x, nudge: x)
+mlir.register_lowering(TAP, lambda ctx, x, nudge: [x])
+batching.primitive_batchers[TAP] = lambda args, axes: (args[0], axes[0])
+ad.primitive_jvps[TAP] = lambda primals, tangents: (primals[0], tangents[0])
+
+
 # --- abstract values ------------------------------------------------------------------------------
 
 
@@ -782,7 +819,8 @@ _MODULES = """
 def all_primitives() -> list[Primitive]:
     """The primitives of this JAX, and those that others gave a forward-mode rule."""
     named = _primitives_by_name()
-    return [*named.values(), *(p for p in ad.primitive_jvps if p.name not in named)]
+    others = (p for p in ad.primitive_jvps if p.name not in named and p is not TAP)
+    return [*named.values(), *others]
 
 
 def has_forward_rule(primitive: Primitive) -> bool:

@@ -13,6 +13,7 @@ from jax import lax
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from fbackprop import rules as _  # noqa: F401  (fills the table)
+from fbackprop.passes import backward, forward, reversible
 from fbackprop.program import (
     Program,
     as_array,
@@ -24,7 +25,6 @@ from fbackprop.program import (
     type_of,
     zeros,
 )
-from fbackprop.sweep import backward, forward, reversible
 from fbackprop.table import Rules
 
 DEFAULT, STRICT = Rules(), Rules(strict=True)

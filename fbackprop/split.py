@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 
-from fbackprop import sweep
+from fbackprop import passes
 from fbackprop.plan import choose, recomputable, steps_between
 from fbackprop.program import (
     Equation,
@@ -110,7 +110,7 @@ class Split:
 
     def _trace_forward(self, computed_outputs, unknown_inputs):
         def run(*values):
-            outs, tape = sweep.forward(self.rules, self.program, self.active, values)
+            outs, tape = passes.forward(self.rules, self.program, self.active, values)
             leaves, self._tape_structure = jax.tree.flatten(tape)
             return [*outs, *leaves]
 
@@ -151,7 +151,7 @@ class Split:
             n = len(self.kept)
             tape = jax.tree.unflatten(self._tape_structure, evaluate(again, values[:n]))
             cts = spread(values[n:], nonzero)
-            cts = sweep.backward(self.rules, self.program, self.active, tape, cts)
+            cts = passes.backward(self.rules, self.program, self.active, tape, cts)
             reached = tuple(ct is not None for ct in cts)
             return [ct for ct in cts if ct is not None]
 

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
+from fbackprop.passes import activity, pull
 from fbackprop.plan import all_but_saved
 from fbackprop.program import (
     RECORDED_JVP,
     RECORDED_VJP,
+    TAP,
     Program,
     blank,
     call,
@@ -25,7 +27,6 @@ from fbackprop.program import (
     zeros,
 )
 from fbackprop.split import Split, nonzero, spread
-from fbackprop.sweep import activity, pull
 from fbackprop.table import Rule, Rules, register
 
 
@@ -242,6 +243,16 @@ class _Fixed(NamedTuple):
         return self.structure.unflatten(x if array is None else array for x, array in pairs)
 
 
+class Tap(Rule):
+    """A place to read a cotangent: nothing is computed, the nudge gets what its value gets."""
+
+    def forward(self, rules, eqn, active, values):
+        return values[:1], ()
+
+    def pullback(self, rules, eqn, active, kept, cts):
+        return [cts[0] if a else None for a in active]
+
+
 class Recorded(Rule):
     """A user's custom rule that ran while the function was watched."""
 
@@ -277,6 +288,7 @@ class RecordedJVP(Recorded):
         return pull(rules, program, active, values, moving)[n:]
 
 
+register(TAP, Tap())
 register(RECORDED_JVP, RecordedJVP())
 register(RECORDED_VJP, RecordedVJP())
 register("call_hi_primitive", ClassPrimitive())

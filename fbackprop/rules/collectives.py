@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax import lax
 
+from fbackprop.passes import activity, pull
 from fbackprop.program import primitive, program_of, sharding_of, zeros
 from fbackprop.split import nonzero, spread
-from fbackprop.sweep import activity, pull
 from fbackprop.table import Rule, joint, register, row
 
 

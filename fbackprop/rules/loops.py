@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jax import lax
 
+from fbackprop.passes import activity
 from fbackprop.program import (
     Program,
     evaluate,
@@ -14,7 +15,6 @@ from fbackprop.program import (
     zeros,
 )
 from fbackprop.split import Split, nonzero, spread
-from fbackprop.sweep import activity
 from fbackprop.table import Rule, Rules, register
 
 

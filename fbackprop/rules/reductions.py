@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fbackprop.passes import pull_function
 from fbackprop.program import evaluate, is_inexact, program_of, sharding_of, zeros
-from fbackprop.sweep import pull_function
 from fbackprop.table import joint, row
 
 # --- reductions ---------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from __future__ import annotations
 from jax import lax
 from jax.lax import linalg
 
+from fbackprop.passes import pull
 from fbackprop.program import program_of, zeros
 from fbackprop.rules.matrices import conj, matmul, transposed, triangle
-from fbackprop.sweep import pull
 from fbackprop.table import Rule, joint, register, row
 
 # --- triangular_solve ----------------------------------------------------------------------------

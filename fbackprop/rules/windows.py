@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from jax import lax
 
+from fbackprop.passes import pull_function
 from fbackprop.program import close, primitive
 from fbackprop.rules.reductions import reducer
-from fbackprop.sweep import pull_function
 from fbackprop.table import joint, row
 
 

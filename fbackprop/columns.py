@@ -1,0 +1,302 @@
+"""Columns: what is sent back from an example's prediction.
+
+The backward sweep carries any number of vectors from the prediction z to the parameters. One of
+them, the loss's gradient, gives the gradient. The columns of a root S of the loss's Hessian at z,
+``S Sᵀ = ∂²ℓ/∂z²``, give the Gauss-Newton matrix ``Jᵀ S Sᵀ J``, exactly; a few random combinations
+of them, or the loss's gradients for labels drawn from the model, give it in the mean (Schraudolph
+2002; Dangel, Kunstner and Hennig 2020).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from fbackprop import losses
+from fbackprop.program import Equation, Program, Var, inlined, program_of, trace_tree
+from fbackprop.reverse import grad
+
+
+class Example(NamedTuple):
+    """What columns are made from: one example's loss, prediction, target and a random key."""
+
+    loss: Callable
+    prediction: Any
+    target: Any
+    key: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LossGradient:
+    """One column, the gradient of the example's loss: the sites are those of its gradient."""
+
+    needs_key: ClassVar[bool] = False
+
+    def __call__(self, example: Example):
+        """The columns, a pytree like the prediction with an axis of columns in front; and signs."""
+        slope = grad(example.loss)(example.prediction, example.target)
+        return jax.tree.map(lambda x: x[None], slope), jnp.ones(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """One column for each element of the prediction, a unit vector: rows of the Jacobian."""
+
+    needs_key: ClassVar[bool] = False
+
+    def __call__(self, example: Example):
+        flat, unravel = ravel_pytree(example.prediction)
+        return jax.vmap(unravel)(jnp.eye(flat.size, dtype=flat.dtype)), jnp.ones(flat.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class HessianRoot:
+    """Columns of a root of the loss's Hessian H at the prediction.
+
+    ``H = Σ signs[c] · column c · column cᵀ``; all signs are 1 for a convex loss.
+
+    Attributes:
+      samples: None for a whole root; else how many random combinations of its columns, of which
+        the expectation of the sum is H (for a convex loss; negative curvature is left out).
+    """
+
+    samples: int | None = None
+
+    @property
+    def needs_key(self) -> bool:
+        return self.samples is not None
+
+    def __call__(self, example: Example):
+        root = _root_of(example)
+        if self.samples is None:
+            return root.columns(), root.signs()
+        keys = jax.random.split(example.key, self.samples)
+        draw = jax.vmap(lambda key: root.combine(key))(keys)
+        return jax.tree.map(lambda x: x / self.samples**0.5, draw), jnp.ones(self.samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """The loss's gradients for labels drawn from the model's own predictive distribution.
+
+    Attributes:
+      samples: how many labels for each example; the columns are scaled by its root.
+      draw: ``draw(key, prediction)`` returns a label; None where the loss is of `fb.losses`.
+    """
+
+    samples: int
+    draw: Callable | None = None
+    needs_key: ClassVar[bool] = True
+
+    def __call__(self, example: Example):
+        z, target = example.prediction, example.target
+        if self.draw is None and example.loss not in _LABELS:
+            name = getattr(example.loss, "__name__", repr(example.loss))
+            raise ValueError(
+                f"labels cannot be drawn for the loss '{name}': give label=, a function of a key "
+                "and a prediction, or use a loss of fb.losses"
+            )
+
+        def column(key):
+            if self.draw is not None:
+                return grad(example.loss)(z, self.draw(key, z))
+            return grad(example.loss)(z, _LABELS[example.loss](key, z, jnp.asarray(target)))
+
+        found = jax.vmap(column)(jax.random.split(example.key, self.samples))
+        return jax.tree.map(lambda x: x / self.samples**0.5, found), jnp.ones(self.samples)
+
+
+# --- roots ----------------------------------------------------------------------------------------
+
+
+class _Diagonal:
+    """A Hessian without mixed derivatives, from its diagonal: a vector like the prediction."""
+
+    def __init__(self, diagonal, unravel):
+        self.diagonal, self.unravel = diagonal, unravel
+
+    def columns(self):
+        return jax.vmap(self.unravel)(jnp.diag(jnp.sqrt(jnp.abs(self.diagonal))))
+
+    def signs(self):
+        return jnp.where(self.diagonal < 0, -1.0, 1.0)
+
+    def combine(self, key):
+        root = jnp.sqrt(jnp.maximum(self.diagonal, 0))
+        return self.unravel(root * _signs(key, root))
+
+
+class _Whole:
+    """Any Hessian, from its eigenvectors."""
+
+    def __init__(self, hessian, unravel):
+        self.values, self.vectors = jnp.linalg.eigh((hessian + hessian.T) / 2)
+        self.unravel = unravel
+
+    def columns(self):
+        return jax.vmap(self.unravel)((self.vectors * jnp.sqrt(jnp.abs(self.values))).T)
+
+    def signs(self):
+        return jnp.where(self.values < 0, -1.0, 1.0)
+
+    def combine(self, key):
+        root = jnp.sqrt(jnp.maximum(self.values, 0))
+        return self.unravel(self.vectors @ (root * _signs(key, root)))
+
+
+class _Softmax:
+    """Of the cross-entropy with a softmax: ``H = w (diag p − p pᵀ)`` at every position.
+
+    `w` is the target's sum, 0 where it is masked. The root ``diag √p − p √pᵀ`` has √p in its
+    kernel; a reflection that takes √p to an axis turns it into C − 1 columns and one of zeros.
+    """
+
+    def __init__(self, logits, target):
+        self.shape = logits.shape
+        logits = logits.reshape(-1, logits.shape[-1])
+        self.p = jax.nn.softmax(logits)
+        n_classes = logits.shape[-1]
+        if jnp.issubdtype(target.dtype, jnp.integer):
+            target = target.reshape(-1)
+            weight = (target >= 0) & (target < n_classes)
+        else:
+            weight = jnp.sum(target.reshape(logits.shape), axis=-1)
+        self.weight = weight.astype(logits.dtype)
+
+    def columns(self):
+        positions, n = self.p.shape
+        root = jnp.sqrt(self.p)
+        last = root[:, -1:]
+        eye = jnp.eye(n, dtype=root.dtype)
+        turned = (last / (1 + last)) * (eye[-1] - self.p)  # (positions, n)
+        own = eye[None, :-1] - self.p[:, None] - turned[:, None]  # (positions, columns, n)
+        own = own * root[:, :-1, None] * jnp.sqrt(self.weight)[:, None, None]
+        if positions == 1:
+            return own.reshape(n - 1, *self.shape)
+        places = jnp.eye(positions, dtype=root.dtype)
+        every = jnp.einsum("pq,pcn->pcqn", places, own)
+        return every.reshape(positions * (n - 1), *self.shape)
+
+    def signs(self):
+        positions, n = self.p.shape
+        return jnp.ones(positions * (n - 1))
+
+    def combine(self, key):
+        root = jnp.sqrt(self.p)
+        draw = _signs(key, root)
+        found = root * draw - self.p * jnp.sum(root * draw, axis=-1, keepdims=True)
+        return (found * jnp.sqrt(self.weight)[:, None]).reshape(self.shape)
+
+
+def _signs(key, like):
+    return jax.random.rademacher(key, like.shape, like.dtype)
+
+
+def _root_of(example: Example):
+    if example.loss is losses.softmax_cross_entropy:
+        return _Softmax(jnp.asarray(example.prediction), jnp.asarray(example.target))
+    flat, unravel = ravel_pytree(example.prediction)
+    slope = grad(lambda z: example.loss(unravel(z), example.target))
+    if _is_separable(example):
+        diagonal = jax.jvp(slope, (flat,), (jnp.ones_like(flat),))[1]
+        return _Diagonal(diagonal, unravel)
+    basis = jnp.eye(flat.size, dtype=flat.dtype)
+    hessian = jax.vmap(lambda v: jax.jvp(slope, (flat,), (v,))[1])(basis)
+    return _Whole(hessian, unravel)
+
+
+# --- losses that are sums over the elements of the prediction -------------------------------------
+
+_ELEMENTWISE = frozenset(
+    """abs acos acosh add asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos
+    cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma
+    log log1p logistic lt max min mul ne neg nextafter not pow reduce_precision rem round rsqrt
+    select_n sign sin sinh sqrt square stop_gradient sub tan tanh""".split()
+)
+_LINEAR = frozenset("reduce_sum neg convert_element_type reshape squeeze copy".split())
+
+
+def _is_separable(example: Example) -> bool:
+    """Whether the loss is a linear combination of functions of single elements of the prediction.
+
+    Then its Hessian is diagonal. False also where that cannot be seen from its equations.
+    """
+    program, _ = trace_tree(example.loss, example.prediction, example.target)
+    n = len(jax.tree.leaves(example.prediction))
+    kinds: list = [f"element of {i}" for i in range(n)]
+    kinds += [None] * (len(program.inputs) - n)
+    return "mixed" not in _kinds(inlined(program), kinds)
+
+
+def _kinds(program: Program, inputs: list) -> list:
+    """How each output depends on the prediction, given how the inputs do.
+
+    None (not at all), "element of i" (elementwise on the i-th of its arrays), "sum" (linear in
+    such elements) or "mixed".
+    """
+    kinds: dict[Var, str | None] = dict(zip(program.inputs, inputs, strict=True))
+
+    def kind(v) -> str | None:
+        return kinds.get(v) if isinstance(v, Var) else None
+
+    for eqn in program.equations:
+        ins = [kind(v) for v in eqn.inputs]
+        if eqn.primitive.name == "custom_jvp_call":
+            outs = _kinds(inlined(program_of(eqn.params["call_jaxpr"])), ins)
+        else:
+            outs = [_kind_of(eqn, ins)] * len(eqn.outputs)
+        kinds.update(zip(eqn.outputs, outs, strict=True))
+    return [kind(v) for v in program.outputs]
+
+
+def _kind_of(eqn: Equation, ins: list) -> str | None:
+    name, found = eqn.primitive.name, {k for k in ins if k}
+    if not found:
+        return None
+    if len(found) == 1 and "sum" not in found and "mixed" not in found and name in _ELEMENTWISE:
+        pairs = zip(eqn.in_avals, ins, strict=True)
+        if all(aval.shape == eqn.out_avals[0].shape for aval, k in pairs if k):
+            return found.pop()
+    if "mixed" in found:
+        return "mixed"
+    alone = len([k for k in ins if k]) == 1
+    linear = (
+        name in _LINEAR
+        or (name in ("add", "sub") and eqn.out_avals[0].shape == ())
+        or (name == "mul" and alone)
+        or (name == "div" and alone and ins[0])
+    )
+    return "sum" if linear else "mixed"
+
+
+# --- labels -------------------------------------------------------------------------------------
+
+
+def _category(key, logits, target):
+    """A class for each position; a masked position stays masked, a distribution keeps its sum."""
+    label = jax.random.categorical(key, logits)
+    if jnp.issubdtype(target.dtype, jnp.integer):
+        return jnp.where((target >= 0) & (target < logits.shape[-1]), label, target)
+    return jax.nn.one_hot(label, logits.shape[-1], dtype=target.dtype) * target.sum(
+        -1, keepdims=True
+    )
+
+
+def _bernoulli(key, logits, target):
+    return jax.random.bernoulli(key, jax.nn.sigmoid(logits)).astype(logits.dtype)
+
+
+def _normal(key, mean, target):
+    return mean + jax.random.normal(key, mean.shape, mean.dtype)
+
+
+_LABELS: dict[Callable, Callable] = {
+    losses.softmax_cross_entropy: _category,
+    losses.squared_error: _normal,
+    losses.sigmoid_binary_cross_entropy: _bernoulli,
+}

@@ -1,0 +1,79 @@
+"""Whether a model is piecewise linear in each of its parameters, seen from its equations."""
+
+from __future__ import annotations
+
+from fbackprop.program import Equation, Program, Var, is_inexact, program_of, scan_counts
+
+_LINEAR = frozenset(
+    """add add_any sub neg copy copy_p convert_element_type reduce_precision real imag reshape
+    transpose broadcast_in_dim squeeze expand_dims slice dynamic_slice dynamic_update_slice
+    concatenate pad rev split gather scatter-add scatter_add scatter reduce_sum cumsum select_n
+    max min abs clamp reduce_max reduce_min reduce_window_sum reduce_window_max
+    select_and_gather_add sort name optimization_barrier fft top_k psum""".split()
+)
+_BILINEAR = frozenset("mul dot_general conv_general_dilated".split())
+_BODIES = frozenset("jit remat2 closed_call custom_jvp_call custom_vjp_call eval_jaxpr".split())
+
+Leaves = frozenset  # the parameters that a value depends on
+
+
+def refuse_curvature(program: Program, n_params: int) -> None:
+    """Raise ValueError if the outputs are curved in one of the first inputs of a program."""
+    inputs = [Leaves([i]) if i < n_params else Leaves() for i in range(len(program.inputs))]
+    _dependence(program, inputs)
+
+
+def _dependence(program: Program, inputs) -> list[Leaves]:
+    """The parameters on which each output depends, piecewise linearly."""
+    known: dict[Var, Leaves] = {}
+    for v, leaves in zip(program.inputs, inputs, strict=True):
+        known[v] = leaves if is_inexact(v.aval) else Leaves()
+
+    def of(v) -> Leaves:
+        return known.get(v, Leaves()) if isinstance(v, Var) else Leaves()
+
+    for eqn in program.equations:
+        found = _through(eqn, [of(v) for v in eqn.inputs])
+        for v, leaves in zip(eqn.outputs, found, strict=True):
+            known[v] = leaves if is_inexact(v.aval) else Leaves()
+    return [of(v) for v in program.outputs]
+
+
+def _through(eqn: Equation, ins: list[Leaves]) -> list[Leaves]:
+    name, every = eqn.primitive.name, Leaves().union(*ins)
+    result = [every] * len(eqn.outputs)
+    if not every or not any(map(is_inexact, eqn.out_avals)) or name == "stop_gradient":
+        return result if every and name != "stop_gradient" else [Leaves()] * len(eqn.outputs)
+    if name in _BODIES:
+        (body,) = (eqn.params[k] for k in ("jaxpr", "call_jaxpr") if k in eqn.params)
+        return _dependence(program_of(body), ins)
+    if name == "cond":
+        branches = [_dependence(program_of(b), ins[1:]) for b in eqn.params["branches"]]
+        return [Leaves().union(*outs) for outs in zip(*branches, strict=True)]
+    if name == "scan":
+        return _through_scan(eqn, ins)
+    meets_itself = sum(map(len, ins)) > len(every)
+    if name in _LINEAR or (name in _BILINEAR and not meets_itself):
+        return result
+    if name == "div" and not ins[1]:
+        return result
+    if name == "integer_pow" and eqn.params["y"] == 1:
+        return result
+    raise ValueError(
+        f"the model is not piecewise linear in its parameters: '{name}' at {eqn.source} is curved "
+        "in one, and the diagonal of the Hessian has terms there that one sweep does not give; use "
+        "fb.GGNDiagonal, which leaves them out"
+    )
+
+
+def _through_scan(eqn: Equation, ins: list[Leaves]) -> list[Leaves]:
+    body = program_of(eqn.params["jaxpr"])
+    n_consts, n_carry = scan_counts(eqn.params)
+    stop = n_consts + n_carry
+    carry = ins[n_consts:stop]
+    while True:
+        outs = _dependence(body, [*ins[:n_consts], *carry, *ins[stop:]])
+        grown = [a | b for a, b in zip(carry, outs, strict=False)]
+        if grown == carry:
+            return [*carry, *outs[n_carry:]]
+        carry = grown

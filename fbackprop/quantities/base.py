@@ -1,0 +1,52 @@
+"""What a quantity is: columns to send back, and a contraction of the sites that they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+
+from fbackprop.columns import LossGradient
+from fbackprop.gradients import Gradients
+
+
+class Quantity:
+    """Something to compute of a batch in `fbackprop.sweep`; subclass it to define your own.
+
+    Attributes:
+      columns: what is sent back from each example's prediction: `LossGradient()`, `Outputs()`,
+        `HessianRoot(samples)` or `Labels(samples)`.
+      over: how the results of two pieces of a batch make one: "sum" (they are added), "examples"
+        (they have a leading axis of examples and are put in a row), or "pairs" (they cannot be
+        joined: `extract` sees the sites of the whole batch at once).
+      scales: whether the result is proportional to the loss, and so grows with it where the batch's
+        loss is a sum.
+    """
+
+    columns: Callable = LossGradient()
+    over: ClassVar[str] = "sum"
+    scales: ClassVar[bool] = False
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether random numbers are needed."""
+        return self.columns.needs_key
+
+    def extract(self, gradients: Gradients) -> Any:
+        """The result for some examples, a pytree of arrays.
+
+        Means over examples are sums weighted with `gradients.shares`, which sum to one over the
+        whole batch.
+        """
+        raise NotImplementedError
+
+    def scaled(self, found: Any, scale) -> Any:
+        """The same of a batch whose loss is `scale` times the mean."""
+        if not self.scales:
+            return found
+        return jax.tree.map(lambda x: x * scale.astype(x.dtype), found)
+
+    def finish(self, found: Any) -> Any:
+        """The result of the batch, from what was extracted and joined."""
+        return found

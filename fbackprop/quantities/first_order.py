@@ -1,0 +1,166 @@
+"""Quantities of the examples' gradients gₙ = ∂ℓₙ/∂θ, each of the example's own loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fbackprop.quantities.base import Quantity
+
+
+def _sum(tree):
+    return sum(jax.tree.leaves(tree))
+
+
+def _column(tree):
+    """Arrays (N, 1, …) without their axis of columns."""
+    return jax.tree.map(lambda x: x[:, 0], tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient(Quantity):
+    r"""The gradient of the batch's loss, $\frac1N \sum_n g_n$: a pytree like the parameters."""
+
+    scales = True
+
+    def extract(self, gradients):
+        return gradients.total()
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleGradients(Quantity):
+    """Every example's gradient $g_n$: a pytree like the parameters, leaves (N, *leaf)."""
+
+    over = "examples"
+
+    def extract(self, gradients):
+        return _column(gradients.each())
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleNorms(Quantity):
+    r"""Squared norms $\lVert g_n \rVert^2$ of the examples' gradients, (N,).
+
+    Without forming them (Goodfellow 2015; Rochette, Manoel and Tramel 2019).
+
+    Attributes:
+      per_leaf: whether to return a pytree like the parameters, each leaf's norms for itself.
+    """
+
+    per_leaf: bool = False
+    over = "examples"
+
+    def extract(self, gradients):
+        norms = _column(gradients.norms())
+        return norms if self.per_leaf else _sum(norms)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClippedGradient(Quantity):
+    r"""Mean of the examples' gradients, each clipped to a norm: what DP-SGD adds its noise to.
+
+    $$\frac1N \sum_n g_n \min(1, \text{max\_norm} / \lVert g_n \rVert)$$
+
+    One backward pass serves for norms and sum (Abadi et al. 2016, algorithm 1; Li et al. 2022).
+
+    Attributes:
+      max_norm: positive.
+      per_leaf: whether every leaf is clipped to `max_norm` for itself.
+    """
+
+    max_norm: float
+    per_leaf: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.max_norm, int | float) and not self.max_norm > 0:
+            raise ValueError(f"max_norm={self.max_norm}: a norm to clip to must be positive")
+
+    def extract(self, gradients):
+        norms = gradients.norms()
+        if not self.per_leaf:
+            return gradients.total(self._shares(gradients, _sum(norms)))
+        return gradients.total(jax.tree.map(lambda x: self._shares(gradients, x), norms))
+
+    def _shares(self, gradients, squared):
+        scale = jnp.where(squared > self.max_norm**2, self.max_norm / jnp.sqrt(squared), 1.0)
+        return scale * gradients.shares[:, None].astype(scale.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondMoment(Quantity):
+    r"""Mean of the squared gradients, $\frac1N \sum_n g_n^2$ elementwise, like the parameters."""
+
+    def extract(self, gradients):
+        return gradients.squares()
+
+
+@dataclasses.dataclass(frozen=True)
+class Variance(Quantity):
+    r"""Variance of the gradients, $\frac1N \sum_n g_n^2 - (\frac1N \sum_n g_n)^2$ elementwise."""
+
+    def extract(self, gradients):
+        return gradients.squares(), gradients.total()
+
+    def finish(self, found):
+        # The difference of two nearly equal numbers may come out below zero.
+        return jax.tree.map(lambda m2, m: jnp.maximum(m2 - m**2, 0), *found)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientNoiseScale(Quantity):
+    r"""The simple noise scale tr(Σ) / |G|², in examples: about the batch size that is worth having.
+
+    Σ is the covariance of the examples' gradients and G their mean (McCandlish, Kaplan, Amodei et
+    al. 2018, eq. 2.9).
+
+    Attributes:
+      unbiased: whether numerator and denominator are estimated without bias from this batch of N
+        (appendix A.1, with batches of N and of 1): tr Σ = N/(N−1) (m − |G|²), |G|² − tr Σ / N,
+        where m is the mean of |gₙ|². The second may be negative in a batch of noise.
+    """
+
+    unbiased: bool = False
+
+    def extract(self, gradients):
+        norms = _sum(_column(gradients.norms()))
+        shares = gradients.shares.astype(norms.dtype)
+        return {"m": jnp.sum(norms * shares), "G": gradients.total(), "shares": jnp.sum(shares**2)}
+
+    def finish(self, found):
+        mean = sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(found["G"]))
+        trace = found["m"] - mean
+        if self.unbiased:  # 1/N is the sum of the squared shares
+            trace = trace / (1 - found["shares"])
+            mean = mean - trace * found["shares"]
+        return trace / mean
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleDots(Quantity):
+    r"""Inner products $\langle g_n, g_m \rangle$ of the examples' gradients, (N, N).
+
+    With a second batch, (N, M): up to the learning rate this is one checkpoint's influence of
+    training on example n on the loss of example m (TracIn; Pruthi et al. 2020, eq. 1).
+
+    Attributes:
+      other: the second batch, a pair (inputs, targets).
+    """
+
+    other: Any = None
+    over = "pairs"
+
+    def extract(self, gradients, other=None):
+        return _sum(gradients.dots(other))[:, 0, :, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorSignals(Quantity):
+    """Error signals ∂ℓₙ/∂v of the values named with `checkpoint_name`, a dict of (N, *value)."""
+
+    over = "examples"
+
+    def extract(self, gradients):
+        return _column(gradients.signals)

@@ -1,0 +1,69 @@
+r"""Kronecker factors of the Gauss-Newton matrix.
+
+A weight's block is approximated by $A \otimes B$, of activations and of error signals (Martens and
+Grosse 2015; for weights that are shared, Eschenhagen et al. 2023).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from fbackprop.columns import HessianRoot, Labels, LossGradient
+from fbackprop.kronecker import KroneckerBlock
+from fbackprop.quantities.base import Quantity
+
+
+@dataclasses.dataclass(frozen=True)
+class Kronecker(Quantity):
+    r"""Kronecker factors of every leaf's block: a pytree like the parameters of tuples of blocks.
+
+    For a weight that meets $a_{nt}$ in T places and gets $b_{nct}$ back there, "expand" is
+
+    $$A = \frac1{NT} \sum_{nt} a_{nt} a_{nt}^T, \quad B = \frac1N \sum_{nct} b_{nct} b_{nct}^T$$
+
+    and "reduce" the same of the mean of a over its places and the sum of b (Eschenhagen et al.
+    2023, eqs. 13 and 17). A leaf of which parts are used apart (the slices of a fused projection,
+    the layers of a stack) has factors for each. Leaves without structure, biases among them, have
+    no activations: a vector's B is its exact block, a matrix's rows share one B.
+
+    Attributes:
+      samples: None for all columns of a root of the loss's Hessian (KFLR; Botev, Ritter and Barber
+        2017), else how many random ones (KFAC).
+      sharing: "expand" or "reduce".
+      empirical: whether to use the data's labels instead, of the gradient itself.
+      label: for KFAC with labels drawn by ``label(key, prediction)``, or by "model" for a loss of
+        `fb.losses`; None for random combinations of the root's columns.
+    """
+
+    samples: int | None = None
+    sharing: str = "expand"
+    empirical: bool = False
+    label: Callable | str | None = None
+
+    def __post_init__(self):
+        if self.sharing not in ("expand", "reduce"):
+            raise ValueError(f'sharing={self.sharing!r}: choose "expand" or "reduce"')
+        if self.label is not None and self.samples is None:
+            raise ValueError("label= draws labels: say how many with samples=")
+
+    @property
+    def columns(self) -> Any:
+        if self.empirical:
+            return LossGradient()
+        if self.label is not None:
+            return Labels(self.samples, None if self.label == "model" else self.label)
+        return HessianRoot(self.samples)
+
+    def extract(self, gradients):
+        return gradients.factors(self.sharing)
+
+    def scaled(self, found, scale):
+        return jax.tree.map(
+            lambda block: dataclasses.replace(block, b=block.b * scale.astype(block.b.dtype)),
+            found,
+            is_leaf=lambda x: isinstance(x, KroneckerBlock),
+        )

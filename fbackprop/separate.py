@@ -1,0 +1,558 @@
+"""What depends on parameters alone, apart from the places where parameters meet data.
+
+A model of one example is split in two. The first part computes, from the parameters alone, the
+*weights*: the values with which the second part, which sees the example, begins. In most models
+a weight is a parameter as it stands, or transposed, sliced, or cut from a stack; it may as well be
+the product of a low-rank adapter or a normalised direction. Bodies of loops, branches and calls
+are split alike, so that the weights of all iterations come stacked out of the first part.
+
+In the second part every *use* of a weight by a product, a convolution or a lookup is tapped: run
+on an example it also returns what the weight met there (the activation), and takes a nudge of the
+result, whose cotangent is the error signal there. Any other use nudges the weight itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fbackprop.passes import activity
+from fbackprop.program import (
+    TAP,
+    Equation,
+    Program,
+    Var,
+    memoized,
+    program_of,
+    read,
+    scan_counts,
+)
+from fbackprop.table import Rules
+
+Mask = tuple[bool, ...]
+
+
+class Loop(NamedTuple):
+    """A loop around a use: how often it runs, and whether each iteration has its own weight."""
+
+    length: int
+    stacked: bool
+
+
+class Use(NamedTuple):
+    """One place where a weight meets data.
+
+    Attributes:
+      eqn: the equation.
+      operand: which of its operands is the weight.
+      weight: which weight it is.
+      loops: the loops around it, the outermost first. What the use returns and the nudges it takes
+        have one leading axis for each.
+    """
+
+    eqn: Equation
+    operand: int
+    weight: int
+    loops: tuple[Loop, ...] = ()
+
+    @property
+    def nudge_shape(self) -> tuple[int, ...]:
+        return (*(loop.length for loop in self.loops), *self.eqn.out_avals[0].shape)
+
+
+class Weight(NamedTuple):
+    """A weight in the second part: as it is, and nudged for uses without structure."""
+
+    plain: Any
+    nudged: Any
+
+
+# --- which uses have structure -------------------------------------------------------------------
+
+
+def _is_lookup(eqn: Equation) -> bool:
+    """Whether a gather picks whole rows of a table."""
+    numbers, table = eqn.params["dimension_numbers"], eqn.in_avals[0]
+    return (
+        numbers.start_index_map == (0,)
+        and numbers.collapsed_slice_dims == (0,)
+        and not numbers.operand_batching_dims
+        and tuple(eqn.params["slice_sizes"]) == (1, *table.shape[1:])
+        and numbers.offset_dims
+        == tuple(range(eqn.out_avals[0].ndim - table.ndim + 1, eqn.out_avals[0].ndim))
+    )
+
+
+STRUCTURED: dict[str, Callable[[Equation, int], bool]] = {
+    "dot_general": lambda eqn, operand: True,
+    "conv_general_dilated": lambda eqn, operand: (
+        operand == 1 and eqn.params["batch_group_count"] == 1
+    ),
+    "gather": lambda eqn, operand: operand == 0 and _is_lookup(eqn),
+}
+
+
+def _grows(eqn: Equation) -> bool:
+    """Whether an equation makes more of its first operand, so that the operand is the weight."""
+    grown = eqn.out_avals[0].size > eqn.in_avals[0].size
+    return eqn.primitive.name == "gather" or (eqn.primitive.name == "broadcast_in_dim" and grown)
+
+
+# --- the split ------------------------------------------------------------------------------------
+
+
+@memoized
+def separate(program: Program, rules: Rules, moving: Mask, data: Mask) -> Separation:
+    """The `Separation` of a program whose inputs are parameters (`moving`) and `data`."""
+    return Separation(program, rules, moving, data)
+
+
+class Separation:
+    """A program split into what computes weights and what meets data.
+
+    Args:
+      program: of one example.
+      rules: the rules in force.
+      moving: the inputs that are parameters, or depend on them and not on data.
+      data: the inputs that depend on the example.
+
+    Attributes:
+      weights: for each weight the variable that it is, or (equation, k) for the k-th weight that
+        the first part of an equation's body computes.
+      uses: the uses with structure, in the order in which `meet` returns what they met.
+      nudged: for each weight whether it also has uses without.
+      depth: for each weight how many loops it comes stacked for.
+    """
+
+    def __init__(self, program: Program, rules: Rules, moving: Mask, data: Mask):
+        self.program, self.rules = program, rules
+        flow = activity(program, rules, moving)
+        given = {v for v, d in zip(program.inputs, data, strict=True) if d}
+        self._inner: dict[Equation, _Inner] = {}
+        for eqn in program.equations:
+            mine = [isinstance(v, Var) and v in given for v in eqn.inputs]
+            inner = _inner_of(eqn, rules, flow.variables, given)
+            if inner is not None:
+                self._inner[eqn] = inner
+                given.update(v for v, d in zip(eqn.outputs, inner.data, strict=True) if d)
+            elif any(mine) or eqn.has_effects:
+                given.update(eqn.outputs)
+        self.given = given
+        self._params = flow.variables - given  # move with parameters, the same for each example
+
+        self.weights: list = []
+        self.uses: list[Use] = []
+        self.nudged: list[bool] = []
+        self.depth: list[int] = []
+        late = self._late()
+        self._rest = [eqn for eqn in program.equations if self._is_rest(eqn) or eqn in late]
+        for eqn in self._rest:
+            self._enlist(eqn)
+        for v in program.outputs:
+            if self.is_param(v):
+                self._weight(v, nudged=True)
+
+    def is_param(self, v) -> bool:
+        return isinstance(v, Var) and v in self._params
+
+    def _is_rest(self, eqn: Equation) -> bool:
+        return not any(map(self.is_param, eqn.outputs)) or eqn in self._inner
+
+    def _late(self) -> set[Equation]:
+        """Broadcasts and lookups of weights that only data meets: they are left to the rest."""
+        late: set[Equation] = set()
+        users: dict[Var, list[Equation]] = {}
+        for eqn in self.program.equations:
+            for v in eqn.inputs:
+                if isinstance(v, Var):
+                    users.setdefault(v, []).append(eqn)
+        returned = set(v for v in self.program.outputs if isinstance(v, Var))
+        for eqn in reversed(self.program.equations):
+            if self._is_rest(eqn) or eqn.primitive.name not in ("broadcast_in_dim", "gather"):
+                continue
+            (out,) = eqn.outputs
+            readers = users.get(out, [])
+            met = all((self._is_rest(e) and e not in self._inner) or e in late for e in readers)
+            if _grows(eqn) and met and out not in returned:
+                late.add(eqn)
+        # What they make is met by data, not computed from parameters alone.
+        self._params = self._params - {v for eqn in late for v in eqn.outputs}
+        return late
+
+    def _weight(self, key, nudged: bool, depth: int = 0) -> int:
+        if key not in self.weights:
+            self.weights.append(key)
+            self.nudged.append(False)
+            self.depth.append(depth)
+        i = self.weights.index(key)
+        self.nudged[i] |= nudged
+        self.depth[i] = min(self.depth[i], depth)
+        return i
+
+    def _enlist(self, eqn: Equation) -> None:
+        """Note which weights an equation uses, and how."""
+        inner = self._inner.get(eqn)
+        if inner is not None:
+            described = zip(inner.keys, inner.nudged, inner.depth, strict=True)
+            places = [self._weight(*described_weight) for described_weight in described]
+            self.uses += [use._replace(weight=places[use.weight]) for use in inner.uses]
+            for v in inner.changing:
+                self._weight(v, nudged=True)
+            return
+        found = [i for i, v in enumerate(eqn.inputs) if self.is_param(v)]
+        operand = self._structured(eqn, found)
+        for i in found:
+            # What has no derivative (a comparison, a stopped gradient) needs no nudge.
+            weight = self._weight(eqn.inputs[i], nudged=operand is None and self._moves(eqn))
+            if i == operand:
+                self.uses.append(Use(eqn, i, weight))
+
+    def _moves(self, eqn: Equation) -> bool:
+        mask = tuple(map(self.is_param, eqn.inputs))
+        return any(self.rules.of(eqn).active_outputs(self.rules, eqn, mask))
+
+    def _structured(self, eqn: Equation, found: list[int]) -> int | None:
+        fits = STRUCTURED.get(eqn.primitive.name)
+        if fits is None or len(found) != 1 or not fits(eqn, found[0]):
+            return None
+        return found[0]
+
+    # --- first part
+
+    def prepare(self, values: Sequence, keys: Sequence | None = None) -> list:
+        """The weights (or the values of `keys`), from those of the program's inputs that it needs.
+
+        Args:
+          values: the program's inputs, None for data and for what `keys` do not depend on.
+          keys: weights, or variables that do not depend on data.
+        """
+        keys = self.weights if keys is None else keys
+        env: dict = dict(self.program.constants)
+        env.update(zip(self.program.inputs, values, strict=True))
+        for eqn in self._steps_to(keys):
+            operands = [env.get(v) if isinstance(v, Var) else v.val for v in eqn.inputs]
+            if eqn in self._inner:
+                outs, weights = self._inner[eqn].prepare(operands)
+                env.update(((eqn, k), w) for k, w in weights.items())
+            else:
+                outs = eqn.bind(*operands)
+            env.update(zip(eqn.outputs, outs, strict=True))
+        return [read(env, key) for key in keys]
+
+    def _steps_to(self, keys: Sequence) -> list[Equation]:
+        """The equations that compute these from parameters, in order."""
+        needed = {key[0] if isinstance(key, tuple) else key for key in keys}
+        steps = []
+        for eqn in reversed(self.program.equations):
+            if eqn in needed or any(v in needed for v in eqn.outputs):
+                steps.append(eqn)
+                inputs = (v for v in eqn.inputs if isinstance(v, Var))
+                needed.update(v for v in inputs if v not in self.given)
+        return steps[::-1]
+
+    def depends(self, key, inputs: set[Var]) -> bool:
+        """Whether a weight depends on any of these inputs of the program."""
+        steps = self._steps_to([key])
+        return key in inputs or any(v in inputs for eqn in steps for v in eqn.inputs)
+
+    # --- second part
+
+    def meet(self, weights: Sequence[Weight], values: Sequence, nudges: Sequence):
+        """Run the second part.
+
+        Args:
+          weights: as `prepare` returned them, nudged or not.
+          values: the program's inputs, None for those that are parameters.
+          nudges: one per use.
+
+        Returns:
+          the program's outputs, and for each use what the weight met there.
+        """
+        env: dict = dict(self.program.constants)
+        env.update(zip(self.program.inputs, values, strict=True))
+        mine = dict(zip(self.weights, weights, strict=True))
+        env.update({v: w.nudged for v, w in mine.items() if isinstance(v, Var)})
+        nudges = iter(nudges)
+        seen: list = []
+        at = {use.eqn: use for use in self.uses if not use.loops}
+        for eqn in self._rest:
+            if eqn in self._inner:
+                inner = self._inner[eqn]
+                operands = [env.get(v) if self.is_param(v) else read(env, v) for v in eqn.inputs]
+                pieces = list(itertools.islice(nudges, len(inner.uses)))
+                outs, met = inner.meet([mine[key] for key in inner.keys], operands, pieces)
+                seen += met
+            elif eqn in at:
+                use = at[eqn]
+                operands = [read(env, v) for v in eqn.inputs]
+                operands[use.operand] = mine[eqn.inputs[use.operand]].plain
+                (out,) = eqn.bind(*operands)
+                outs = [TAP.bind(out, next(nudges))]
+                seen.append(operands[1 - use.operand])
+            else:
+                outs = eqn.bind(*(read(env, v) for v in eqn.inputs))
+            pairs = zip(eqn.outputs, outs, strict=True)
+            env.update((v, x) for v, x in pairs if not self.is_param(v))
+        return [read(env, v) for v in self.program.outputs], seen
+
+
+# --- equations that hold programs ----------------------------------------------------------------
+
+
+class _Inner:
+    """The separation of an equation's bodies.
+
+    Attributes:
+      data: which of its results depend on the example.
+      keys: the weights of its bodies as the program around names them.
+      nudged: which of them have uses without structure.
+      uses: those with structure; their `weight` is an index into `keys`.
+      depth: how many loops, these included, each comes stacked for.
+      changing: operands that are parameters to the program around and like data to the bodies.
+    """
+
+    changing: Sequence = ()
+
+    def __init__(self, eqn: Equation):
+        self.eqn = eqn
+        self.data: Mask = (True,) * len(eqn.outputs)
+        self.keys: list = []
+        self.nudged: list[bool] = []
+        self.depth: list[int] = []
+        self.uses: list[Use] = []
+        self._n_own = 0
+
+    def _adopt(self, part: Separation, operands: Sequence, loop: Callable = lambda key: ()):
+        """Take over a body's weights and uses.
+
+        Args:
+          part: the body.
+          operands: what the equation gives for the inputs of the body.
+          loop: the loop around the uses of a weight, if any.
+
+        Returns:
+          the place of each weight among `keys`, and of those that the body computes the number.
+        """
+        given = dict(zip(part.program.inputs, operands, strict=True))
+        places, own = [], {}
+        for key, nudged, depth in zip(part.weights, part.nudged, part.depth, strict=True):
+            if key not in given:
+                own[key] = self._n_own
+                self._n_own += 1
+            named = given.get(key) or (self.eqn, own[key])
+            depth += sum(around.stacked for around in loop(key))
+            if named not in self.keys:
+                self.keys.append(named)
+                self.nudged.append(False)
+                self.depth.append(depth)
+            place = self.keys.index(named)
+            self.nudged[place] |= nudged
+            self.depth[place] = min(self.depth[place], depth)
+            places.append(place)
+        for use in part.uses:
+            around = (*loop(part.weights[use.weight]), *use.loops)
+            self.uses.append(use._replace(weight=places[use.weight], loops=around))
+        return places, own
+
+    def prepare(self, operands: Sequence) -> tuple[list, dict[int, Any]]:
+        """Results that do not depend on data, and the weights computed inside, by number."""
+        raise NotImplementedError
+
+    def meet(self, weights: Sequence[Weight], operands: Sequence, nudges: Sequence):
+        """As of a `Separation`; `weights` are those of `keys`."""
+        raise NotImplementedError
+
+
+class _Call(_Inner):
+    """A call: its body runs in place, and checkpointed if it was."""
+
+    def __init__(self, eqn, rules, moving, given):
+        super().__init__(eqn)
+        (jaxpr,) = (eqn.params[k] for k in ("jaxpr", "call_jaxpr") if k in eqn.params)
+        self.part = separate(program_of(jaxpr), rules, moving, given)
+        self.places, self.own = self._adopt(self.part, eqn.inputs)
+
+    def prepare(self, operands):
+        values = self.part.prepare(operands, list(self.own))
+        return [None] * len(self.data), dict(zip(self.own.values(), values, strict=True))
+
+    def meet(self, weights, operands, nudges):
+        def run(weights, nudges):
+            return self.part.meet([weights[i] for i in self.places], operands, nudges)
+
+        if self.eqn.primitive.name == "remat2":
+            run = jax.checkpoint(run, **{k: self.eqn.params[k] for k in ("prevent_cse", "policy")})
+        return run(weights, nudges)
+
+
+class _Branches(_Inner):
+    """`cond` and `switch`: what a branch not taken would have met is zero."""
+
+    def __init__(self, eqn, rules, moving, given):
+        super().__init__(eqn)
+        programs = [program_of(jaxpr) for jaxpr in eqn.params["branches"]]
+        self.parts = [separate(p, rules, moving[1:], given[1:]) for p in programs]
+        self.adopted = [self._adopt(part, eqn.inputs[1:]) for part in self.parts]
+
+    def prepare(self, operands):
+        weights = {}
+        for part, (_, own) in zip(self.parts, self.adopted, strict=True):
+            values = part.prepare(operands[1:], list(own))
+            weights.update(zip(own.values(), values, strict=True))
+        return [None] * len(self.data), weights
+
+    def meet(self, weights, operands, nudges):
+        index, *operands = operands
+        pieces = iter(nudges)
+        runs = []
+        for part, (places, _) in zip(self.parts, self.adopted, strict=True):
+            mine = [weights[i] for i in places]
+            taken = list(itertools.islice(pieces, len(part.uses)))
+            runs.append(lambda part=part, mine=mine, taken=taken: part.meet(mine, operands, taken))
+        shapes = [jax.eval_shape(run)[1] for run in runs]
+
+        def branch(b):
+            def run():
+                outs, met = runs[b]()
+                seen = [met if i == b else _zeros_like(s) for i, s in enumerate(shapes)]
+                return outs, [x for part in seen for x in part]
+
+            return run
+
+        return lax.switch(index, [branch(b) for b in range(len(runs))])
+
+
+def _zeros_like(shapes):
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+class _Scan(_Inner):
+    """A loop: weights of its own in every iteration, or the same in all."""
+
+    def __init__(self, eqn, rules, moving, given):
+        super().__init__(eqn)
+        body = program_of(eqn.params["jaxpr"])
+        n_consts, n_carry = scan_counts(eqn.params)
+        stop = n_consts + n_carry
+        moving, given = list(moving), list(given)
+        unchanged = [a is b for a, b in zip(body.inputs[n_consts:stop], body.outputs, strict=False)]
+        changed = [n_consts + i for i, u in enumerate(unchanged) if moving[n_consts + i] and not u]
+        for i in changed:
+            moving[i], given[i] = False, True
+        self.changing = [eqn.inputs[i] for i in changed]
+        while True:
+            self.part = part = separate(body, rules, tuple(moving), tuple(given))
+            grown = [
+                n_consts + i
+                for i, v in enumerate(body.outputs[:n_carry])
+                if not given[n_consts + i] and (v in part.given or part.is_param(v))
+                if not unchanged[i]
+            ]
+            if not grown:
+                break
+            for i in grown:
+                given[i] = True
+        self.given = given
+        self.unchanged = [
+            unchanged[i] and moving[n_consts + i] and not given[n_consts + i]
+            for i in range(n_carry)
+        ]
+        self.data = (*(not u for u in self.unchanged), *self.data[n_carry:])
+        inputs = body.inputs
+        same = {v for v in inputs[:n_consts]}
+        same |= {v for v, u in zip(inputs[n_consts:stop], self.unchanged, strict=True) if u}
+        self.varying = {v for v in inputs if v not in same}
+        self.counted = self.varying & set(inputs[n_consts:stop])
+        self.places, self.own = self._adopt(part, eqn.inputs, self._loop)
+
+    def _varies(self, key) -> bool:
+        return self.part.depends(key, self.varying)
+
+    def _loop(self, key):
+        return (Loop(self.eqn.params["length"], self._varies(key)),)
+
+    def _groups(self, values):
+        n_consts, n_carry = scan_counts(self.eqn.params)
+        values = list(values)
+        stop = n_consts + n_carry
+        return values[:n_consts], values[n_consts:stop], values[stop:]
+
+    def _options(self) -> dict:
+        return {k: self.eqn.params[k] for k in ("length", "reverse")}
+
+    def prepare(self, operands):
+        consts, carry, xs = self._groups(operands)
+        body = self.part.program
+        kept = [c if u else None for c, u in zip(carry, self.unchanged, strict=True)]
+        varying = [key for key in self.own if self._varies(key)]
+        fixed = [key for key in self.own if key not in varying]
+        values = self.part.prepare([*consts, *kept, *(None for _ in xs)], fixed)
+        weights = dict(zip(fixed, values, strict=True))
+        if any(self.part.depends(key, self.counted) for key in varying):
+            _, given, _ = self._groups(self.given)
+            turning = [not g and not u for g, u in zip(given, self.unchanged, strict=True)]
+            ends = [v for v, t in zip(body.outputs, turning, strict=False) if t]
+
+            def step(state, xs):
+                state = iter(state)
+                now = [next(state) if t else k for t, k in zip(turning, kept, strict=True)]
+                found = self.part.prepare([*consts, *now, *xs], [*ends, *varying])
+                return found[: len(ends)], found[len(ends) :]
+
+            start = [c for c, t in zip(carry, turning, strict=True) if t]
+            _, values = lax.scan(step, start, xs, **self._options())
+        elif varying:
+            values = jax.vmap(lambda xs: self.part.prepare([*consts, *kept, *xs], varying))(xs)
+        else:
+            values = []
+        weights.update(zip(varying, values, strict=True))
+        outs = [c if u else None for c, u in zip(carry, self.unchanged, strict=True)]
+        outs += [None] * (len(self.data) - len(outs))
+        return outs, {k: weights[key] for key, k in self.own.items()}
+
+    def meet(self, weights, operands, nudges):
+        consts, carry, xs = self._groups(operands)
+        moves = [self._varies(key) for key in self.part.weights]
+        mine = [weights[i] for i in self.places]
+        stacked = [w for w, m in zip(mine, moves, strict=True) if m]
+        start = [None if u else c for c, u in zip(carry, self.unchanged, strict=True)]
+
+        def step(carry, pieces):
+            xs, stacked, nudges = pieces
+            stacked = iter(stacked)
+            now = [next(stacked) if m else w for w, m in zip(mine, moves, strict=True)]
+            outs, met = self.part.meet(now, [*consts, *carry, *xs], nudges)
+            n = len(carry)
+            kept = [None if u else x for x, u in zip(outs, self.unchanged, strict=False)]
+            return kept, (outs[n:], met)
+
+        last, (ys, met) = lax.scan(
+            step, start, (xs, stacked, list(nudges)),
+            unroll=self.eqn.params["unroll"], **self._options(),
+        )  # fmt: skip
+        return [*last, *ys], met
+
+
+_KINDS = {
+    "jit": _Call,
+    "closed_call": _Call,
+    "eval_jaxpr": _Call,
+    "remat2": _Call,
+    "cond": _Branches,
+    "scan": _Scan,
+}
+
+
+def _inner_of(eqn: Equation, rules, moving: frozenset, given: set) -> _Inner | None:
+    """The separation of an equation that holds programs in which parameters meet data."""
+    mine = tuple(isinstance(v, Var) and v in moving and v not in given for v in eqn.inputs)
+    theirs = tuple(isinstance(v, Var) and v in given for v in eqn.inputs)
+    if not any(mine) or not any(theirs):
+        return None
+    kind = _KINDS.get(eqn.primitive.name)
+    return kind(eqn, rules, mine, theirs) if kind else None

@@ -1,0 +1,442 @@
+"""Sites: where a weight meets data, as pairs of activations and error signals.
+
+The gradient of one example's column with respect to a weight is a sum over its uses, and at a use
+a sum of outer products ``Σₜ aₜ bₜᵀ``, of the activations that went in with the error signals that
+came back. What one wants to know of all the examples' gradients is a contraction of these two
+factors, most of the time without any of those gradients being formed.
+
+Axes, throughout:
+
+    n, m    examples
+    c, d    columns: the one gradient, or the columns of a root of the loss's Hessian
+    t, u    places that share the weight: positions, pixels, time steps
+    g       parts of the weight that meet a part of the data of their own: groups, stacked layers
+    i, o    what goes in, what comes out (f: either)
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fbackprop.passes import pull_function
+from fbackprop.separate import Use
+from fbackprop.table import Rules
+
+
+def contract(axes: str, *operands):
+    """`jnp.einsum` to which axes of length one do not matter."""
+    ins, out = axes.split("->")
+    terms = ins.split(",")
+    sizes: dict[str, int] = {}
+    for term, x in zip(terms, operands, strict=True):
+        for axis, size in zip(term, x.shape, strict=True):
+            sizes[axis] = max(size, sizes.get(axis, 1))
+    kept = []
+    for term, x in zip(terms, operands, strict=True):
+        ones = tuple(k for k, size in enumerate(x.shape) if size == 1)
+        kept.append(("".join(a for k, a in enumerate(term) if k not in ones), lax.squeeze(x, ones)))
+    short = "".join(a for a in out if any(a in term for term, _ in kept))
+    result = jnp.einsum(",".join(term for term, _ in kept) + "->" + short, *(x for _, x in kept))
+    return result.reshape([sizes[a] if a in short else 1 for a in out])
+
+
+def wide(x):
+    """At least single precision, for sums of squares."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+# --- factors --------------------------------------------------------------------------------------
+
+
+class Dense(NamedTuple):
+    """A factor as an array: ``x[n, c, t, g, f]``, with one column where columns do not differ."""
+
+    x: Any
+
+    @property
+    def size(self) -> int:
+        return self.x.shape[-1]
+
+
+class OneHot(NamedTuple):
+    """A factor whose vectors each have a single one: its place is ``indices[n, 1, t, g]``.
+
+    An index out of range stands for a vector of zeros.
+    """
+
+    indices: Any
+    size: int
+
+
+def inner(p: Dense | OneHot, q: Dense | OneHot):
+    """⟨pₜ, qᵤ⟩ in the same example and column, (n, c, t, u, g)."""
+    if isinstance(p, OneHot) and isinstance(q, OneHot):
+        same = p.indices[:, :, :, None] == q.indices[:, :, None]
+        return (same & (p.indices < p.size)[:, :, :, None]).astype(jnp.float32)
+    if isinstance(p, OneHot):
+        at = p.indices.transpose(0, 1, 3, 2)[:, :, None]  # (n, 1, 1, g, t)
+        found = jnp.take_along_axis(wide(q.x), at, axis=-1, mode="fill", fill_value=0)
+        return found.transpose(0, 1, 4, 2, 3)
+    if isinstance(q, OneHot):
+        return inner(q, p).transpose(0, 1, 3, 2, 4)
+    x, y = wide(p.x), wide(q.x)
+    if x.shape[2] == y.shape[2] == 1:
+        return jnp.sum(x * y, axis=-1)[:, :, :, None]
+    return contract("nctgf,ncugf->nctug", x, y)
+
+
+def inner_all(p: Dense | OneHot, q: Dense | OneHot):
+    """⟨pₜ, qᵤ⟩ in all pairs of examples and columns, (n, c, t, m, d, u, g)."""
+    if isinstance(p, OneHot) and isinstance(q, OneHot):
+        first = p.indices[:, :, :, None, None, None]
+        same = (first == q.indices[None, None, None]) & (first < p.size)
+        return same.astype(jnp.float32)
+    if isinstance(p, OneHot):
+        n, _, t, g = p.indices.shape
+        at = p.indices.reshape(n * t, g)
+        take = functools.partial(jnp.take, axis=-1, mode="fill", fill_value=0)
+        found = jax.vmap(take, in_axes=(3, 1), out_axes=0)(wide(q.x), at)  # (g, m, d, u, n t)
+        found = found.reshape(*found.shape[:-1], n, 1, t)
+        return found.transpose(4, 5, 6, 1, 2, 3, 0)
+    if isinstance(q, OneHot):
+        return inner_all(q, p).transpose(3, 4, 5, 0, 1, 2, 6)
+    return contract("nctgf,mdugf->nctmdug", wide(p.x), wide(q.x))
+
+
+# --- how a weight's axes are grouped --------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """A weight of any shape as an array of axes (g, i, o).
+
+    Attributes:
+      shape: its own.
+      split: the same with some axes split in two, as by a reshape.
+      groups: which axes of `split` make up g, i and o.
+    """
+
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    groups: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.split[axis] for axis in group) for group in self.groups)
+
+    def restore(self, x):
+        """An array (…, g, i, o) as (…, *shape)."""
+        order = [axis for group in self.groups for axis in group]
+        lead = x.shape[:-3]
+        x = x.reshape(*lead, *(self.split[axis] for axis in order))
+        n = len(lead)
+        x = x.transpose(*range(n), *(n + int(k) for k in np.argsort(order)))
+        return x.reshape(*lead, *self.shape)
+
+
+# --- sites ----------------------------------------------------------------------------------------
+
+
+class Site:
+    """What the uses of a weight at one line of the model contribute to its gradient.
+
+    Attributes:
+      a: activations, a factor of one column over i.
+      b: error signals, (n, c, t, g, o).
+      layout: how the weight's axes are grouped.
+      is_whole: whether the weight has no structure here: a is 1 and b the whole gradient.
+    """
+
+    is_whole = False
+
+    def __init__(self, a: Dense | OneHot, b, layout: Layout):
+        self.a, self.b, self.layout = a, b, layout
+
+    @property
+    def places(self) -> int:
+        """T, how many places share the weight."""
+        return self.b.shape[2]
+
+    @property
+    def is_outer(self) -> bool:
+        """Whether an example's gradient is a single outer product."""
+        return self.places == 1 and isinstance(self.a, Dense)
+
+    def total(self, shares):
+        """Σₙ𝒸 shares[n, c] · gradient, of the weight's shape."""
+        b = self._weighted(shares)
+        if isinstance(self.a, OneHot):
+            return self.layout.restore(_scatter(self.a, b))
+        return self.layout.restore(contract("nctgi,ntgo->gio", self.a.x, b))
+
+    def _weighted(self, shares):
+        return contract("nctgo,nc->ntgo", self.b, shares.astype(self.b.dtype))
+
+    def each(self):
+        """All gradients, (n, c, *shape)."""
+        return self.layout.restore(self._each(self.b))
+
+    def _each(self, b):
+        if isinstance(self.a, OneHot):
+            return jax.vmap(lambda i, bs: jax.vmap(lambda b: _rows(i, b, self.a.size))(bs))(
+                self.a.indices[:, 0], b
+            )
+        if self.places == 1:  # broadcasting, where a product of matrices would have nothing to sum
+            return self.a.x[:, :, 0, :, :, None] * b[:, :, 0, :, None, :]
+        return contract("nctgi,ndtgo->ndgio", self.a.x, b)
+
+    def squares(self, shares):
+        """Σₙ𝒸 shares[n, c] · gradient², elementwise, of the weight's shape."""
+        shares = wide(shares)
+        if self.is_outer:
+            b2 = contract("nctgo,nc->ntgo", wide(self.b) ** 2, shares)
+            return self.layout.restore(contract("nctgi,ntgo->gio", wide(self.a.x) ** 2, b2))
+        if isinstance(self.a, OneHot):
+            # Places of one row add up before they are squared; each of them then counts its part.
+            same = inner(self.a, self.a)
+            sums = contract("nztug,ncugo->nctgo", same, wide(self.b))
+            parts = jnp.maximum(jnp.sum(same, axis=3), 1)[..., None]
+            rows = contract("nctgo,nc->ntgo", sums**2 / parts, shares)
+            return self.layout.restore(_scatter(self.a, rows))
+
+        def add(total, column):
+            b, share = column
+            each = self._each(b[:, None])[:, 0]
+            return total + contract("ngio,n->gio", each**2, share), None
+
+        start = jnp.zeros(self.layout.sizes, shares.dtype)
+        columns = wide(self.b).swapaxes(0, 1), shares.T
+        if self.b.shape[1] == 1:
+            return self.layout.restore(add(start, jax.tree.map(lambda x: x[0], columns))[0])
+        return self.layout.restore(lax.scan(add, start, columns)[0])
+
+
+def _rows(indices, b, size: int):
+    """The sum over t of rows b (t, g, o) at indices (t, g): (g, i, o)."""
+    zeros = jnp.zeros((b.shape[1], size, b.shape[2]), b.dtype)
+    groups = jnp.broadcast_to(jnp.arange(b.shape[1]), indices.shape)
+    return zeros.at[groups, indices].add(b, mode="drop")
+
+
+def _scatter(a: OneHot, rows):
+    """The sum over all examples of rows (n, t, g, o) at their indices: (g, i, o)."""
+    n, t, g, o = rows.shape
+    return _rows(a.indices.reshape(n * t, g), rows.reshape(n * t, g, o), a.size)
+
+
+# --- sites of single primitives -------------------------------------------------------------------
+
+
+def site_of(use: Use, met, signals, weight_shape) -> Site:
+    """The site of a use of a weight.
+
+    Args:
+      use: the use.
+      met: what the weight met there, (n, *loops, *operand).
+      signals: the error signals of the result, (n, c, *loops, *result).
+      weight_shape: the weight's, with the axes of stacked loops.
+    """
+    return _MAKERS[use.eqn.primitive.name](use, met, signals, tuple(weight_shape))
+
+
+def whole(signals) -> Site:
+    """The site of a weight used without structure, from its gradients (n, c, *shape)."""
+    n, c, *shape = signals.shape
+    size = math.prod(shape)
+    layout = Layout(tuple(shape), (1, 1, size), ((0,), (1,), (2,)))
+    one = jnp.ones((1, 1, 1, 1, 1), signals.dtype)
+    site = Site(Dense(one), signals.reshape(n, c, 1, 1, size), layout)
+    site.is_whole = True
+    return site
+
+
+def _group(x, lead: int, *groups):
+    """The axes of `x` after the first `lead` gathered into groups, each of them one axis."""
+    shape, axes = x.shape, [axis for group in groups for axis in group]
+    x = x.transpose(*range(lead), *axes)
+    return x.reshape(*shape[:lead], *(math.prod(shape[a] for a in group) for group in groups))
+
+
+def _loops(use: Use) -> tuple[list[int], list[int]]:
+    """Which of the loops around a use share the weight, and which have one per iteration."""
+    shared = [i for i, loop in enumerate(use.loops) if not loop.stacked]
+    return shared, [i for i, loop in enumerate(use.loops) if loop.stacked]
+
+
+def _product(use: Use, met, signals, weight_shape) -> Site:
+    """Of `dot_general`: the weight's axes are batch (g), contracted (i) and kept (o)."""
+    eqn, w = use.eqn, use.operand
+    contracted, batch = eqn.params["dimension_numbers"]
+    x_aval, w_aval = eqn.in_avals[1 - w], eqn.in_avals[w]
+    kept = [
+        [d for d in range(aval.ndim) if d not in (*contracted[side], *batch[side])]
+        for side, aval in ((w, w_aval), (1 - w, x_aval))
+    ]
+    shared, stacked = _loops(use)
+    n_loops, n_batch = len(use.loops), len(batch[w])
+    starts = (n_batch, n_batch + len(kept[0])) if w == 0 else (n_batch + len(kept[1]), n_batch)
+    at = [[start + k for k in range(len(dims))] for start, dims in zip(starts, kept, strict=True)]
+
+    def axes(dims, lead):
+        return [lead + n_loops + d for d in dims]
+
+    a = _group(
+        met, 1,
+        [1 + i for i in shared] + axes(kept[1], 1),
+        [1 + i for i in stacked] + axes(batch[1 - w], 1),
+        axes(contracted[1 - w], 1),
+    )  # fmt: skip
+    b = _group(
+        signals, 2,
+        [2 + i for i in shared] + axes(at[1], 2),
+        [2 + i for i in stacked] + axes(range(n_batch), 2),
+        axes(at[0], 2),
+    )  # fmt: skip
+    s = len(stacked)
+    groups = (
+        (*range(s), *(s + d for d in batch[w])),
+        tuple(s + d for d in contracted[w]),
+        tuple(s + d for d in kept[0]),
+    )
+    return Site(Dense(a[:, None]), b, Layout(weight_shape, weight_shape, groups))
+
+
+def _lookup(use: Use, met, signals, weight_shape) -> Site:
+    """Of `gather` of whole rows: indices stand for one-hot activations."""
+    eqn = use.eqn
+    shared, stacked = _loops(use)
+    s, n_loops = len(stacked), len(use.loops)
+    size = weight_shape[s]
+    indices = met[..., 0].astype(jnp.int32)  # (n, *loops, *places)
+    if eqn.params["mode"] == lax.GatherScatterMode.CLIP:
+        indices = jnp.clip(indices, 0, size - 1)
+    indices = jnp.where(indices < 0, size, jnp.minimum(indices, size))
+    places = range(n_loops, indices.ndim - 1)
+    rows = range(n_loops + len(places), signals.ndim - 2)
+    a = _group(indices, 1, [1 + i for i in (*shared, *places)], [1 + i for i in stacked])
+    b = _group(
+        signals, 2,
+        [2 + i for i in (*shared, *places)],
+        [2 + i for i in stacked],
+        [2 + i for i in rows],
+    )  # fmt: skip
+    groups = (tuple(range(s)), (s,), tuple(range(s + 1, len(weight_shape))))
+    return Site(OneHot(a[:, None], size), b, Layout(weight_shape, weight_shape, groups))
+
+
+class _Convolution(Site):
+    """Of a convolution's kernel: activations are patches, cut out only for what needs them."""
+
+    def __init__(self, use: Use, met, signals, weight_shape):
+        self.use, self.met, self.signals = use, met, signals
+        eqn = use.eqn
+        numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+        shared, stacked = _loops(use)
+        s, lead = len(stacked), 2 + len(use.loops)
+        batch, feature, *space = numbers.out_spec
+        # The features of the result are those of the groups, one group after the other.
+        shape = list(signals.shape)
+        shape[lead + feature : lead + feature + 1] = [groups, shape[lead + feature] // groups]
+        after = [lead + d + (d > feature) for d in (batch, *space)]
+        b = _group(
+            signals.reshape(shape), 2,
+            [2 + i for i in shared] + after,
+            [2 + i for i in stacked] + [lead + feature],
+            [lead + feature + 1],
+        )  # fmt: skip
+        out, into, *window = numbers.rhs_spec
+        split = list(weight_shape)
+        split[s + out : s + out + 1] = [groups, weight_shape[s + out] // groups]
+        places = (
+            (*range(s), s + out),
+            tuple(s + d + (d > out) for d in (into, *window)),
+            (s + out + 1,),
+        )
+        self.b, self.layout = b, Layout(weight_shape, tuple(split), places)
+
+    @functools.cached_property
+    def a(self):
+        numbers, groups = (
+            self.use.eqn.params[k] for k in ("dimension_numbers", "feature_group_count")
+        )
+        x, (batch, feature, *space) = self.met, numbers.lhs_spec
+        shared, stacked = _loops(self.use)
+        lead = 1 + len(self.use.loops)
+        x = x.transpose(*range(lead), *(lead + d for d in (batch, *space, feature)))
+        patches = _patches(x, lead + 1, self.use.eqn)
+        *before, features, window = patches.shape  # before: n, *loops, batch, *places
+        patches = patches.reshape(*before, groups, features // groups, window)
+        end = len(before)
+        a = _group(
+            patches, 1,
+            [1 + i for i in shared] + list(range(lead, end)),
+            [1 + i for i in stacked] + [end],
+            [end + 1, end + 2],
+        )  # fmt: skip
+        return Dense(a[:, None])
+
+    def total(self, shares):
+        """By the convolution's own backward rule on the whole batch: no patches."""
+        eqn = self.use.eqn
+        lead = 1 + len(self.use.loops)
+        shares = shares.astype(self.signals.dtype)
+        ct = contract("nck,nc->nk", self.signals.reshape(*self.signals.shape[:2], -1), shares)
+        ct = ct.reshape(self.signals.shape[:1] + self.signals.shape[2:])
+        shared, stacked = _loops(self.use)
+        numbers = eqn.params["dimension_numbers"]
+        at_x, at_out = numbers.lhs_spec[0], numbers.out_spec[0]
+        x = _fold(self.met, [1 + i for i in stacked], [0, *(1 + i for i in shared)], lead, at_x)
+        ct = _fold(ct, [1 + i for i in stacked], [0, *(1 + i for i in shared)], lead, at_out)
+
+        def kernel(x, ct):
+            blank = jnp.zeros(eqn.in_avals[1].shape, eqn.in_avals[1].dtype)
+            return pull_function(Rules(), lambda k: eqn.bind(x, k), [blank], [ct])[0]
+
+        if not stacked:
+            return kernel(x, ct)
+        return lax.map(lambda pair: kernel(*pair), (x, ct)).reshape(self.layout.shape)
+
+
+def _fold(x, stacked: list[int], batch: list[int], lead: int, at: int):
+    """Batch axes folded into the axis `at` of an image, stacked ones into one in front, if any."""
+    image = list(range(lead, x.ndim))
+    order = [*stacked, *image[:at], *batch, *image[at:]]
+    shape = [math.prod(x.shape[i] for i in stacked)] if stacked else []
+    shape += [x.shape[i] for i in image]
+    folded = math.prod(x.shape[i] for i in batch)
+    shape[len(shape) - len(image) + at] *= folded
+    return x.transpose(order).reshape(shape)
+
+
+def _patches(x, first: int, eqn):
+    """What a convolution's window sees: (…, *space, feature) to (…, *places, feature, window).
+
+    `first` is the first axis of space.
+    """
+    params = eqn.params
+    window = [eqn.in_avals[1].shape[d] for d in params["dimension_numbers"].rhs_spec[2:]]
+    padding = [(0, 0, 0)] * x.ndim
+    for k, (low, high) in enumerate(params["padding"]):
+        padding[first + k] = (low, high, params["lhs_dilation"][k] - 1)
+    x = lax.pad(x, jnp.zeros((), x.dtype), padding)
+    places = [eqn.out_avals[0].shape[d] for d in params["dimension_numbers"].out_spec[2:]]
+    pieces = []
+    for offset in itertools.product(*map(range, window)):
+        start, stop, step = [0] * x.ndim, list(x.shape), [1] * x.ndim
+        for k, place in enumerate(offset):
+            axis, stride = first + k, params["window_strides"][k]
+            start[axis] = place * params["rhs_dilation"][k]
+            stop[axis] = start[axis] + (places[k] - 1) * stride + 1
+            step[axis] = stride
+        pieces.append(lax.slice(x, start, stop, step))
+    return jnp.stack(pieces, axis=-1)
+
+
+_MAKERS = {"dot_general": _product, "gather": _lookup, "conv_general_dilated": _Convolution}

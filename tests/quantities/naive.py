@@ -1,0 +1,110 @@
+"""The quantities by their definitions: each example's gradient and Jacobian, formed by JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+PARAMS = dict(allow_int=True)
+
+
+def example_gradients(case):
+    """A pytree like the parameters, leaves (N, *leaf)."""
+
+    def loss(params, x, y):
+        return case.loss(case.model(params, x), y)
+
+    return floats(jax.vmap(jax.grad(loss, allow_int=True), (None, 0, 0))(case.params, *case.batch), case.params)
+
+
+def floats(tree, like):
+    """Zeros where JAX has float0, for integer leaves."""
+
+    def one(g, p):
+        p = jnp.asarray(p)
+        return jnp.zeros(g.shape, p.dtype) if g.dtype == jax.dtypes.float0 else g
+
+    return jax.tree.map(one, tree, like)
+
+
+def flat_prediction(case, params, x):
+    return ravel_pytree(case.model(params, x))[0]
+
+
+def jacobians(case):
+    """A pytree like the parameters, leaves (N, C, *leaf)."""
+    x, _ = case.batch
+    moving, fixed, join = divide(case.params)
+
+    def one(x):
+        return jax.jacrev(lambda moving: flat_prediction(case, join(moving, fixed), x))(moving)
+
+    found = jax.vmap(one)(x)
+    c = found[0].shape[1] if found else 0
+    zeros = [jnp.zeros((len(jax.tree.leaves(x)[0]), c, *jnp.shape(f)), jnp.result_type(f)) for f in fixed]
+    return join(found, zeros)
+
+
+def divide(params):
+    leaves, structure = jax.tree.flatten(params)
+    is_float = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
+    moving = [leaf for leaf, f in zip(leaves, is_float, strict=True) if f]
+    fixed = [leaf for leaf, f in zip(leaves, is_float, strict=True) if not f]
+
+    def join(moving, fixed):
+        moving, fixed = iter(moving), iter(fixed)
+        return jax.tree.unflatten(structure, [next(moving) if f else next(fixed) for f in is_float])
+
+    return moving, fixed, join
+
+
+def hessians(case):
+    """The losses' Hessians at the predictions, (N, C, C)."""
+    x, y = case.batch
+
+    def one(x, y):
+        z, unravel = ravel_pytree(case.model(case.params, x))
+        return jax.hessian(lambda z: case.loss(unravel(z), y))(z)
+
+    return jax.vmap(one)(x, y)
+
+
+def ggn_of_examples(case):
+    """Each example's dense blocks, (N, P, P) for every leaf."""
+    h = hessians(case)
+
+    def block(j):
+        flat = j.reshape(*j.shape[:2], -1)
+        return jnp.einsum("ncp,ncd,ndq->npq", flat, h, flat)
+
+    return jax.tree.map(block, jacobians(case))
+
+
+def ggn(case):
+    """The whole matrix of the mean loss, (P, P)."""
+    j = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in jax.tree.leaves(jacobians(case))], -1)
+    return jnp.einsum("ncp,ncd,ndq->pq", j, hessians(case), j) / len(j)
+
+
+def hessian_diagonal(case):
+    """Of the mean loss, like the parameters."""
+    flat, unravel = ravel_pytree(case.params)
+
+    def loss(flat):
+        f = lambda x, y: case.loss(case.model(unravel(flat), x), y)  # noqa: E731
+        return jnp.mean(jax.vmap(f)(*case.batch))
+
+    return unravel(jnp.diagonal(jax.hessian(loss)(flat)))
+
+
+def assert_close(ours, theirs, tolerance=1e-10):
+    """Equal trees and shapes; values relative to the largest of a leaf, or to 1."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    paths = jax.tree_util.tree_leaves_with_path(theirs)
+    for a, (path, b) in zip(jax.tree.leaves(ours), paths, strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.shape == b.shape, path
+        scale = max(1.0, float(np.max(np.abs(b), initial=0.0)))
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path)
+        )
