@@ -400,7 +400,7 @@ def _group_each(group: list[Placed]):
     for placed in group:
         layout = placed.site.layout
         value = placed.site.each()
-        if layout != first:
+        if layout != first or placed.swapped:
             value = _regroup(value, layout, placed.swapped)
             value = first.restore(value)
         total = value if total is None else total + value

@@ -27,6 +27,15 @@ def floats(tree, like):
     return jax.tree.map(one, tree, like)
 
 
+def mean(tree):
+    """Over examples; an integer leaf, which has no gradient, stays what it is."""
+
+    def one(x):
+        return jnp.mean(x, axis=0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0]
+
+    return jax.tree.map(one, tree)
+
+
 def flat_prediction(case, params, x):
     return ravel_pytree(case.model(params, x))[0]
 

@@ -20,6 +20,16 @@ class Case(NamedTuple):
     batch: tuple
 
 
+def users(model):
+    """A model that broadcasts between ranks, as users' models do and the library does not."""
+
+    def broadcasting(*args):
+        with jax.numpy_rank_promotion("allow"):
+            return model(*args)
+
+    return broadcasting
+
+
 def normal(key, *shape, scale=None):
     scale = 1 / max(shape[0], 1) ** 0.5 if scale is None and shape else scale or 1.0
     return jax.random.normal(key, shape) * scale
@@ -41,7 +51,7 @@ def regression(model, params, inputs, outputs, key) -> Case:
 
 
 def mlp(key):
-    net = fb.networks.mlp(5, (6,), 3)
+    net = fb.networks.mlp((5, 6, 3), dtype=float)
     return of_network(net, normal(key, N, 5), classes(N, 3), key)
 
 
@@ -108,7 +118,7 @@ def convnet(key):
         )  # fmt: skip
         x = jnp.tanh(x + p["bias"]).transpose(0, 3, 1, 2)
         x = lax.conv_general_dilated(
-            x, p["groups"], (1, 1), "SAME", feature_group_count=2, lhs_dilation=(1, 2),
+            x, p["groups"], (1, 1), ((1, 0), (0, 1)), feature_group_count=2, lhs_dilation=(1, 2),
             dimension_numbers=("NCHW", "OIHW", "NCHW"),
         )  # fmt: skip
         x = jnp.concatenate([x, jnp.sin(x)], axis=1)
@@ -148,16 +158,16 @@ def conv1d_scanned(key):
 
 
 def resnet(key):
-    net = fb.networks.resnet((8, 8, 1), 3, channels=(2, 4), groups=2)
-    return of_network(net, normal(key, N, 8, 8, scale=1.0), classes(N, 3), key)
+    net = fb.networks.resnet((8, 8, 1), 3, channels=(2, 4), groups=2, dtype=float)
+    return of_network(net, normal(key, N, 8, 8, 1, scale=1.0), classes(N, 3), key)
 
 
 # --- sequences ----------------------------------------------------------------------------------
 
 
 def transformer(key):
-    net = fb.networks.transformer(7, 7, length=5, width=4, heads=2, layers=2)
-    tokens = jax.random.randint(key, (2, 5), 0, 7)
+    net = fb.networks.transformer(7, 7, length=4, width=4, heads=2, layers=1, dtype=float)
+    tokens = jax.random.randint(key, (N, 4), 0, 7)
     return of_network(net, tokens, jnp.roll(tokens, -1, axis=1), key)
 
 
@@ -228,7 +238,7 @@ def sliced_stack(key):
 
 
 def lstm(key):
-    net = fb.networks.lstm(3, 4, 2)
+    net = fb.networks.lstm(3, 4, 2, dtype=float)
     return of_network(net, normal(key, N, 5, 3, scale=1.0), classes(N, 2), key)
 
 
@@ -372,9 +382,18 @@ def several_outputs(key):
     return Case(model, loss, params, (normal(keys[3], N, 3), normal(keys[4], N, 2)))
 
 
+def _case(make):
+    def case(key):
+        with jax.numpy_rank_promotion("allow"):
+            made = make(key)
+        return made._replace(model=users(made.model))
+
+    return case
+
+
 CASES = {
-    case.__name__: case
-    for case in (
+    make.__name__: _case(make)
+    for make in (
         mlp, deep_linear, relu_net, shapes, convnet, conv1d_scanned, resnet, transformer,
         scanned_transformer, remat_transformer, sliced_stack, lstm, rnn, parameters_in_the_carry,
         low_rank, weight_norm, stacked_in_python, control_flow, nested_vmap, several_outputs,

@@ -1,0 +1,176 @@
+"""Every quantity of every model in the zoo against its definition, in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import naive
+import numpy as np
+import pytest
+import zoo
+from naive import assert_close
+
+import fbackprop as fb
+
+QUANTITIES = {
+    "gradient": fb.Gradient(),
+    "each": fb.ExampleGradients(),
+    "norms": fb.ExampleNorms(),
+    "leaf_norms": fb.ExampleNorms(per_leaf=True),
+    "clipped": fb.ClippedGradient(0.5),
+    "leaf_clipped": fb.ClippedGradient(0.2, per_leaf=True),
+    "second_moment": fb.SecondMoment(),
+    "variance": fb.Variance(),
+    "noise": fb.GradientNoiseScale(),
+    "dots": fb.ExampleDots(),
+    "diagonal": fb.GGNDiagonal(),
+    "diagonals": fb.GGNDiagonal(per_example=True),
+    "blocks": fb.GGNBlock(),
+    "gram": fb.Gram(),
+    "weighted_gram": fb.Gram(weighted=True),
+    "jacobian_norms": fb.JacobianNorms(),
+}
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    with jax.enable_x64(True):
+        yield
+
+
+class Solved:
+    """A case, everything computed of it by one sweep, and the definitions, formed when asked."""
+
+    def __init__(self, name: str):
+        self.case = zoo.CASES[name](jax.random.key(0))
+        sweep = fb.sweep(self.case.model, self.case.loss, **QUANTITIES)
+        self.found = jax.jit(sweep)(self.case.params, self.case.batch)
+
+    @functools.cached_property
+    def gradients(self):
+        return jax.jit(lambda params, batch: naive.example_gradients(self._with(params, batch)))(
+            self.case.params, self.case.batch
+        )
+
+    @functools.cached_property
+    def jacobians(self):
+        return jax.jit(lambda params, batch: naive.jacobians(self._with(params, batch)))(
+            self.case.params, self.case.batch
+        )
+
+    @functools.cached_property
+    def hessians(self):
+        return naive.hessians(self.case)
+
+    def _with(self, params, batch):
+        return self.case._replace(params=params, batch=batch)
+
+
+@pytest.fixture(scope="module", params=zoo.CASES)
+def solved(request):
+    with jax.enable_x64(True):
+        return Solved(request.param)
+
+
+def flat(tree):
+    """Leaves (N, C, *leaf) side by side, (N, C, P)."""
+    return jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in jax.tree.leaves(tree)], -1)
+
+
+def norms_of(tree):
+    return jax.tree.map(lambda g: jnp.sum(g.reshape(len(g), -1) ** 2, axis=-1), tree)
+
+
+def total(tree):
+    return sum(jax.tree.leaves(tree))
+
+
+def test_loss(solved):
+    case = solved.case
+    losses = [
+        case.loss(case.model(case.params, x), y)
+        for x, y in zip(*map(_rows, case.batch), strict=True)
+    ]
+    assert_close(solved.found["loss"], jnp.mean(jnp.array(losses)))
+
+
+def _rows(tree):
+    return [jax.tree.map(lambda x: x[n], tree) for n in range(zoo.N)]
+
+
+def test_gradient_and_examples_gradients(solved):
+    assert_close(solved.found["each"], solved.gradients)
+    assert_close(solved.found["gradient"], naive.mean(solved.gradients))
+
+
+def test_norms(solved):
+    norms = norms_of(solved.gradients)
+    assert_close(solved.found["norms"], total(norms))
+    assert_close(solved.found["leaf_norms"], norms)
+
+
+def test_clipped(solved):
+    norms = norms_of(solved.gradients)
+
+    def clipped(g, squared, max_norm):
+        scale = jnp.minimum(1, max_norm / jnp.maximum(jnp.sqrt(squared), 1e-300))
+        return jnp.einsum("n...,n->...", g, scale) / zoo.N
+
+    expected = jax.tree.map(lambda g: clipped(g, total(norms), 0.5), solved.gradients)
+    assert_close(solved.found["clipped"], naive.floats(expected, solved.case.params))
+    expected = jax.tree.map(lambda g, n: clipped(g, n, 0.2), solved.gradients, norms)
+    assert_close(solved.found["leaf_clipped"], naive.floats(expected, solved.case.params))
+
+
+def test_moments(solved):
+    second = naive.mean(jax.tree.map(lambda g: g**2, solved.gradients))
+    assert_close(solved.found["second_moment"], second)
+    variance = jax.tree.map(lambda g: jnp.var(g, axis=0), solved.gradients)
+    assert_close(solved.found["variance"], variance)
+    squared = total(jax.tree.map(lambda g: jnp.sum(jnp.mean(g, axis=0) ** 2), solved.gradients))
+    noise = total(jax.tree.map(jnp.sum, variance)) / squared
+    np.testing.assert_allclose(solved.found["noise"], noise, rtol=1e-8)
+
+
+def test_dots(solved):
+    g = jnp.concatenate([x.reshape(zoo.N, -1) for x in jax.tree.leaves(solved.gradients)], axis=-1)
+    assert_close(solved.found["dots"], g @ g.T)
+
+
+def test_gram_and_jacobian_norms(solved):
+    j = flat(solved.jacobians)
+    assert_close(solved.found["gram"], jnp.einsum("ncp,mdp->ncmd", j, j))
+    assert_close(solved.found["jacobian_norms"], jnp.sum(j**2, axis=-1))
+
+
+def test_curvature(solved):
+    h = solved.hessians
+
+    def block(j):
+        rows = j.reshape(*j.shape[:2], -1)
+        return jnp.einsum("ncp,ncd,ndq->npq", rows, h, rows)
+
+    blocks = jax.tree.map(block, solved.jacobians)
+    assert_close(solved.found["blocks"], naive.mean(blocks))
+    diagonals = jax.tree.map(
+        lambda b, p: jnp.diagonal(b, axis1=1, axis2=2).reshape(-1, *jnp.shape(p)),
+        blocks,
+        solved.case.params,
+    )
+    assert_close(solved.found["diagonals"], naive.floats(diagonals, solved.case.params))
+    assert_close(solved.found["diagonal"], naive.mean(naive.floats(diagonals, solved.case.params)))
+
+
+def test_eigenvalues_of_the_weighted_gram(solved):
+    j, (n, c) = flat(solved.jacobians), solved.hessians.shape[:2]
+    values, vectors = jnp.linalg.eigh(solved.hessians)
+    root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None]
+    if jnp.min(values) < -1e-12:
+        pytest.skip("a loss that is concave somewhere has no real root of its Hessian")
+    rows = jnp.einsum("ncd,ncp->ndp", root, j).reshape(n * c, -1) / n**0.5
+    expected = jnp.linalg.svd(rows, compute_uv=False) ** 2
+    gram = solved.found["weighted_gram"]
+    found = jnp.linalg.eigvalsh(gram.reshape(gram.shape[0] * gram.shape[1], -1))[::-1]
+    k = min(len(found), len(expected))
+    assert_close(found[:k], expected[:k])
+    assert_close(found[k:], 0 * found[k:])
