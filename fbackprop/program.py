@@ -88,6 +88,10 @@ class Equation:
             out = self.primitive.bind(*values, **params)
         return list(out) if self.primitive.multiple_results else [out]
 
+    def stage(self, *values) -> list:
+        """The same within a trace that shall hold the equation as it is."""
+        return self.bind(*values)
+
 
 class Program:
     """A straight line of equations from `inputs` to `outputs`: a function, traced.
@@ -202,9 +206,13 @@ def program_of(jaxpr) -> Program:
     if program is None:
         inner = getattr(jaxpr, "jaxpr", jaxpr)
         constants = zip(inner.constvars, getattr(jaxpr, "consts", ()), strict=True)
-        program = Program(inner.invars, constants, map(Equation, inner.eqns), inner.outvars)
+        program = Program(inner.invars, constants, map(_equation, inner.eqns), inner.outvars)
         _programs[jaxpr] = program
     return program
+
+
+def _equation(eqn) -> Equation:
+    return (Recorded if eqn.primitive in (RECORDED_JVP, RECORDED_VJP) else Equation)(eqn)
 
 
 _programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -431,16 +439,18 @@ class _WatchingTrace(core.Trace):
 
     def process_custom_jvp_call(self, primitive, fun, jvp, args, /, **params):
         if any(map(self._is_mine, args)):
-            return self._record_jvp(jvp, args, params["symbolic_zeros"])
+            name = fun.debug_info.func_name
+            return self._record_jvp(jvp, args, name, params["symbolic_zeros"])
         return self._apply(lambda *xs: primitive.bind(*xs, subfuns=(fun, jvp), **params), args)
 
     def process_custom_vjp_call(self, primitive, fun, fwd, bwd, args, /, **params):
         if any(map(self._is_mine, args)):
-            return self._record_vjp(fwd, bwd, args, **params)
+            name = fun.debug_info.func_name
+            return self._record_vjp(fwd, bwd, args, name, **params)
         subfuns = (fun, fwd, bwd)
         return self._apply(lambda *xs: primitive.bind(*xs, subfuns=subfuns, **params), args)
 
-    def _record_jvp(self, jvp, args, symbolic_zeros):
+    def _record_jvp(self, jvp, args, name, symbolic_zeros):
         """Run a user's forward-mode rule on values; note the equations of its tangents."""
         values = self._values(args)
         inner = _WatchingTrace(self.parent)
@@ -463,16 +473,16 @@ class _WatchingTrace(core.Trace):
                 if is_inexact(out)
             ]
         program, constants = inner.program(variables, outputs)
-        return self._record(RECORDED_JVP, args, outs, constants, tangents=program)
+        return self._record(RECORDED_JVP, args, outs, constants, name=name, tangents=program)
 
-    def _record_vjp(self, fwd, bwd, args, out_trees, symbolic_zeros):
+    def _record_vjp(self, fwd, bwd, args, name, out_trees, symbolic_zeros):
         """Run a user's forward half on values; its residuals wait for the backward half."""
         values = self._values(args)
         perturbed = tuple(map(self._is_mine, args))
         forward, backward = _vjp_halves(fwd, bwd, out_trees, symbolic_zeros, perturbed)
         with core.set_current_trace(self.parent):
             outs, residuals = forward(*values)
-        return self._record(RECORDED_VJP, args, outs, residuals, backward=backward)
+        return self._record(RECORDED_VJP, args, outs, residuals, name=name, backward=backward)
 
     def _record(self, primitive, args, outs, residuals, **params):
         mine = [x for x in args if self._is_mine(x)]
@@ -503,6 +513,11 @@ def _no_tangent(aval, symbolic: bool):
 # A user's custom rule that ran on values. Operands: its differentiated arguments, its results,
 # its residuals.
 RECORDED_JVP, RECORDED_VJP = Primitive("recorded_jvp"), Primitive("recorded_vjp")
+for _primitive in (RECORDED_JVP, RECORDED_VJP):
+    _primitive.multiple_results = True
+    _primitive.def_abstract_eval(
+        lambda *avals, n_args, n_outs, **_: list(avals[n_args : n_args + n_outs])
+    )
 
 
 class Recorded(Equation):
@@ -513,6 +528,9 @@ class Recorded(Equation):
     def bind(self, *values, **_) -> list:
         n = self.params["n_args"]
         return list(values[n : n + self.params["n_outs"]])
+
+    def stage(self, *values) -> list:
+        return super().bind(*values)
 
 
 def _as_list(out) -> list:
@@ -651,6 +669,19 @@ def bodies(eqn: Equation) -> tuple[Program, ...]:
 
 def _is_jaxpr(x) -> bool:  # before JAX 0.12 there are open and closed ones
     return isinstance(x, (core.Jaxpr, getattr(core, "ClosedJaxpr", core.Jaxpr)))
+
+
+def name_of(eqn: Equation) -> str:
+    """What the user called it: a value, a jit-ted or custom function, a loop's body; '' if nothing.
+
+    A value has the name that `jax.ad_checkpoint.checkpoint_name` gave it.
+    """
+    name = eqn.params.get("name")
+    if isinstance(name, str):
+        return name
+    body = eqn.params.get("call_jaxpr") or eqn.params.get("jaxpr")
+    info = getattr(getattr(body, "jaxpr", body), "debug_info", None)
+    return getattr(info, "func_name", None) or ""
 
 
 def scan_counts(params: dict) -> tuple[int, int]:

@@ -64,15 +64,15 @@ def vjp(fun: Callable, *primals, has_aux: bool = False, strict: bool = False):
     leaves, structure = jax.tree.flatten(primals)
     leaves = [as_array(x) for x in leaves]
     rules = STRICT if strict else DEFAULT
-    traced, active, outs, tape = _forward(rules, fun, leaves, structure, has_aux)
+    traced, (active, outs, tape) = trace_and_run(_run, rules, fun, leaves, structure, has_aux)
     value, aux = traced.unflatten(outs)
     sweep = _Sweep(rules, traced.program, active, traced.out_structure, structure)
     pullback = jax.tree_util.Partial(sweep, tape)
     return (value, pullback, aux) if has_aux else (value, pullback)
 
 
-def _forward(rules, fun, leaves, structure, has_aux):
-    """Trace and run a function; also returns which inputs of its program are differentiated.
+def trace_and_run(run: Callable, rules: Rules, fun: Callable, leaves, structure, has_aux=False):
+    """Trace a function, and ``run(rules, traced, leaves)`` what was traced; returns both results.
 
     What has no derivative for abstract arguments may have one for their values: a loop whose
     length they determine, a custom rule that looks at them.
@@ -80,23 +80,24 @@ def _forward(rules, fun, leaves, structure, has_aux):
 
     traced = trace_function(fun, leaves, structure, has_aux)
     final = traced.on_values or not any(map(has_value, leaves))
-    if final or reversible(rules, traced.program, _active(traced, leaves)):
+    if final or reversible(rules, traced.program, active_inputs(traced, leaves)):
         try:
-            return traced, *_run(rules, traced, leaves)
+            return traced, run(rules, traced, leaves)
         except Exception:
             if final:
                 raise
     traced = trace_function(fun, leaves, structure, has_aux, on_values=True)
-    return traced, *_run(rules, traced, leaves)
+    return traced, run(rules, traced, leaves)
 
 
-def _active(traced, leaves) -> tuple[bool, ...]:
+def active_inputs(traced, leaves) -> tuple[bool, ...]:
+    """Which inputs of a traced function's program are differentiated: arguments that can be."""
     constants = (False,) * len(traced.constants)
     return (*constants, *(is_inexact(type_of(x)) for x in leaves))
 
 
 def _run(rules, traced, leaves):
-    active = _active(traced, leaves)
+    active = active_inputs(traced, leaves)
     return active, *forward(rules, traced.program, active, [*traced.constants, *leaves])
 
 
@@ -117,39 +118,47 @@ class _Sweep(NamedTuple):
             )
         (cotangent,) = cotangents
         n_out, n_in = self.out_structure.num_leaves, self.in_structure.num_leaves
-        cts = self._checked(cotangent)
+        cts = flat_cotangent(cotangent, self.out_structure, self.program.out_avals[:n_out])
         cts += [None] * (len(self.program.outputs) - n_out)  # auxiliary outputs
         found = backward(self.rules, self.program, self.active, tape, cts)[-n_in:] if n_in else []
         avals = self.program.in_avals[-n_in:] if n_in else ()
         return jax.tree.unflatten(
             self.in_structure,
-            [_instantiate(ct, aval) for ct, aval in zip(found, avals, strict=True)],
+            [instantiate(ct, aval) for ct, aval in zip(found, avals, strict=True)],
         )
 
-    def _checked(self, cotangent) -> list:
-        """The leaves of a cotangent, None where it is of an integer output."""
-        leaves, structure = jax.tree.flatten(cotangent)
-        if structure != self.out_structure:
+
+def flat_cotangent(
+    cotangent, structure, avals: Sequence, what: str = "argument to vjp function"
+) -> list:
+    """The leaves of a cotangent of outputs of these types, None where it is of an integer output.
+
+    Raises:
+      ValueError: if `what` was passed has another structure, shape or dtype.
+    """
+    leaves, found = jax.tree.flatten(cotangent)
+    if found != structure:
+        raise ValueError(
+            f"unexpected tree structure of {what}: got {found}, but expected to match "
+            f"{structure}, that of the function's output"
+        )
+    expected = [cotangent_aval(v) for v in avals]
+    for leaf, aval in zip(leaves, expected, strict=True):
+        if not is_inexact(aval):
+            continue  # nothing flows back from an integer output, whatever is passed
+        got = type_of(leaf)
+        if (got.shape, got.dtype) != (aval.shape, aval.dtype):
             raise ValueError(
-                f"unexpected tree structure of argument to vjp function: got {structure}, but "
-                f"expected to match {self.out_structure}, that of the function's output"
+                f"unexpected JAX type (e.g. shape/dtype) for {what}: got {got.str_short()}, but "
+                f"expected {aval.str_short()} because the corresponding output of the function "
+                "has that shape and tangent dtype"
             )
-        expected = [cotangent_aval(v) for v in self.program.out_avals[: len(leaves)]]
-        for leaf, aval in zip(leaves, expected, strict=True):
-            if not is_inexact(aval):
-                continue  # nothing flows back from an integer output, whatever is passed
-            got = type_of(leaf)
-            if (got.shape, got.dtype) != (aval.shape, aval.dtype):
-                raise ValueError(
-                    "unexpected JAX type (e.g. shape/dtype) for argument to vjp function: got "
-                    f"{got.str_short()}, but expected {aval.str_short()} because the "
-                    "corresponding output of the function has that shape and tangent dtype"
-                )
-        pairs = zip(leaves, expected, strict=True)
-        return [as_array(leaf) if is_inexact(aval) else None for leaf, aval in pairs]
+    pairs = zip(leaves, expected, strict=True)
+    return [as_array(leaf) if is_inexact(aval) else None for leaf, aval in pairs]
 
 
-def _instantiate(ct, aval):
+def instantiate(ct, aval):
+    """A cotangent of a value of this type, where None stands for zero."""
     if not is_inexact(aval):
         return float0_zeros(aval.shape)
     return zeros(aval) if ct is None else ct

@@ -50,7 +50,8 @@ class Inline(Rule):
     def _split(self, rules, eqn, active) -> Split:
         return _split(program_of(eqn.params[self.jaxpr]), rules, active)
 
-    def _run(self, eqn, jaxpr, values, suffix="") -> list:
+    def run(self, eqn, jaxpr, values, suffix="") -> list:
+        """Run a half of the call as the call runs: with its results first, and perhaps others."""
         return evaluate(program_of(jaxpr), values)
 
     def active_outputs(self, rules, eqn, active):
@@ -59,14 +60,14 @@ class Inline(Rule):
     def forward(self, rules, eqn, active, values):
         split = self._split(rules, eqn, active)
         # With nothing to add, the forward half is the call as it stands.
-        results = self._run(eqn, split.forward, values) if split.extras else eqn.bind(*values)
+        results = self.run(eqn, split.forward, values) if split.extras else eqn.bind(*values)
         n = len(eqn.outputs)
         return results[:n], split.gather(values, results[:n], results[n:])
 
     def pullback(self, rules, eqn, active, kept, cts):
         half = self._split(rules, eqn, active).backward(nonzero(cts))
         values = [*kept, *(ct for ct in cts if ct is not None)]
-        return spread(self._run(eqn, half.jaxpr, values, "_pullback"), half.reached)
+        return spread(self.run(eqn, half.jaxpr, values, "_pullback"), half.reached)
 
 
 class Jit(Inline):
@@ -74,7 +75,7 @@ class Jit(Inline):
 
     jaxpr = "jaxpr"
 
-    def _run(self, eqn, jaxpr, values, suffix=""):
+    def run(self, eqn, jaxpr, values, suffix=""):
         return call(eqn, jaxpr, eqn.params["name"] + suffix, values, extends=not suffix)
 
 
@@ -83,7 +84,7 @@ class Annotated(Inline):
 
     jaxpr = "jaxpr"
 
-    def _run(self, eqn, jaxpr, values, suffix=""):
+    def run(self, eqn, jaxpr, values, suffix=""):
         changed = {"jaxpr": jaxpr}
         if "out_memory_spaces" in eqn.params:
             changed["out_memory_spaces"] = tuple(aval.memory_space for aval in jaxpr.out_avals)
