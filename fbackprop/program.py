@@ -620,6 +620,8 @@ def zeros(aval) -> jax.Array:
 
 def blank(aval) -> jax.Array:
     """A value of this very type, to stand where nobody will read it."""
+    if dtypes.issubdtype(aval.dtype, dtypes.extended):  # keys of random numbers
+        return jax.lax.full(aval.shape, 0, aval.dtype)
     return ad_util.zeros_like_aval(aval)
 
 
