@@ -2,9 +2,9 @@
 
 A network of two inputs, two hidden and two output neurons, all sigmoid, is trained on one example
 by gradient descent on the squared error ½Σ(target − output)²; the two biases stay fixed. The table
-follows the calculation in the order in which one does it with a pencil. The error signals δ are
-not computed by a formula typed in here: a zero is added to every neuron's net input, and the
-derivative with respect to those zeros, which the backward sweep returns, is δ.
+follows the calculation in the order in which one does it with a pencil. The backward pass has no
+formula typed in here: the forward pass names what it computes, and all numbers are read off the
+record of its backward sweep, the error signals δ as the cotangents that arrived at the net inputs.
 
 The four numbers after the first update are not those of this calculation. The table shows what
 reproduces them to all digits: three follow if the hidden neurons' error signals are carried back
@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from rich.console import Console
 from rich.table import Table
 
@@ -68,13 +69,6 @@ PUBLISHED = {
 
 class Weights(NamedTuple):
     """The eight weights, ``weights[to, from]``: both fields have shape (2, 2)."""
-
-    hidden: jax.Array
-    output: jax.Array
-
-
-class Neurons(NamedTuple):
-    """One number per neuron, shape (2,) per layer: a net input, an output or an error signal."""
 
     hidden: jax.Array
     output: jax.Array
@@ -136,61 +130,30 @@ def initial_weights() -> Weights:
     return Weights(jnp.asarray(HIDDEN_WEIGHTS), jnp.asarray(OUTPUT_WEIGHTS))
 
 
-def forward(
-    weights: Weights, inputs: jax.Array, nudges: Neurons | None = None
-) -> tuple[Neurons, Neurons]:
-    """Net inputs and outputs of all four neurons, ``nudges`` being added to the net inputs.
-
-    Args:
-        weights: the eight weights.
-        inputs: shape (2,).
-        nudges: what to add to each net input; ``None`` adds nothing.
-    """
-    if nudges is None:
-        nudges = Neurons(jnp.zeros(2), jnp.zeros(2))
-    net_hidden = weights.hidden @ inputs + HIDDEN_BIAS + nudges.hidden
-    hidden = jax.nn.sigmoid(net_hidden)
-    net_output = weights.output @ hidden + OUTPUT_BIAS + nudges.output
-    return Neurons(net_hidden, net_output), Neurons(hidden, jax.nn.sigmoid(net_output))
+def net_output(weights: Weights) -> jax.Array:
+    """The output neurons' net inputs, shape (2,); what it computes on the way is named."""
+    net = weights.hidden @ jnp.asarray(INPUTS) + HIDDEN_BIAS
+    hidden = checkpoint_name(jax.nn.sigmoid(checkpoint_name(net, "net h")), "h")
+    return checkpoint_name(weights.output @ hidden + OUTPUT_BIAS, "net o")
 
 
-def outputs(weights: Weights, inputs: jax.Array) -> jax.Array:
+def outputs(weights: Weights) -> jax.Array:
     """The two outputs, shape (2,)."""
-    return forward(weights, inputs)[1].output
+    return checkpoint_name(jax.nn.sigmoid(net_output(weights)), "o")
 
 
-def errors(prediction: jax.Array, targets: jax.Array) -> jax.Array:
+def errors(prediction: jax.Array) -> jax.Array:
     """½(target − output)² of each output neuron, shape (2,)."""
-    return 0.5 * jnp.square(targets - prediction)
+    return checkpoint_name(0.5 * jnp.square(jnp.asarray(TARGETS) - prediction), "E")
 
 
-def first_pass(weights: Weights) -> tuple[Neurons, Neurons, jax.Array, Weights, Neurons]:
-    """One forward and one backward pass.
-
-    Returns:
-        net inputs, outputs, the error of each output neuron (2,), the gradient with respect to
-        the weights, and the error signals δ = ∂E/∂(net input).
-    """
-    inputs, targets = jnp.asarray(INPUTS), jnp.asarray(TARGETS)
-
-    def total_error(weights: Weights, nudges: Neurons):
-        nets, neurons = forward(weights, inputs, nudges)
-        parts = errors(neurons.output, targets)
-        return parts.sum(), (nets, neurons, parts)
-
-    nothing = Neurons(jnp.zeros(2), jnp.zeros(2))
-    sweep = fb.grad(total_error, argnums=(0, 1), has_aux=True)
-    (gradient, deltas), (nets, neurons, parts) = sweep(weights, nothing)
-    return nets, neurons, parts, gradient, deltas
+def total_error(weights: Weights) -> jax.Array:
+    """The sum of the two errors."""
+    return errors(outputs(weights)).sum()
 
 
 def update(weights: Weights) -> Weights:
     """One step of gradient descent at the article's rate."""
-
-    def total_error(weights: Weights) -> jax.Array:
-        prediction = outputs(weights, jnp.asarray(INPUTS))
-        return errors(prediction, jnp.asarray(TARGETS)).sum()
-
     gradient = fb.grad(total_error)(weights)
     return jax.tree.map(lambda weight, slope: weight - RATE * slope, weights, gradient)
 
@@ -201,15 +164,12 @@ def update_outputs_first(weights: Weights) -> Weights:
     Not gradient descent, since the hidden weights follow no gradient, but it is what the article's
     numbers after the first update agree with.
     """
-    _, _, _, gradient, deltas = first_pass(weights)
-    output = weights.output - RATE * gradient.output
-
-    def net_output(hidden_weights: jax.Array) -> jax.Array:
-        return forward(Weights(hidden_weights, output), jnp.asarray(INPUTS))[0].output
-
-    _, pullback = fb.vjp(net_output, weights.hidden)
-    (slope,) = pullback(deltas.output)
-    return Weights(weights.hidden - RATE * slope, output)
+    first = fb.record(total_error)(weights)
+    (gradient,) = first.gradients
+    updated = weights._replace(output=weights.output - RATE * gradient.output)
+    _, pullback = fb.vjp(net_output, updated)
+    (slope,) = pullback(first.signals["net o"])
+    return updated._replace(hidden=weights.hidden - RATE * slope.hidden)
 
 
 def train(
@@ -218,16 +178,15 @@ def train(
     """The weights after ``updates`` steps from the start, their outputs (2,) and their error."""
     repeat = jax.jit(lambda start: jax.lax.fori_loop(0, updates, lambda _, w: step(w), start))
     weights = repeat(initial_weights())
-    prediction = outputs(weights, jnp.asarray(INPUTS))
-    return weights, prediction, float(errors(prediction, jnp.asarray(TARGETS)).sum())
+    prediction = outputs(weights)
+    return weights, prediction, float(errors(prediction).sum())
 
 
 def calculation() -> dict[str, list[Row]]:
     """The whole worked example in float64: the rows of each stage, in the order of the pencil."""
     with jax.enable_x64(True):
-        nets, neurons, parts, gradient, deltas = jax.tree.map(
-            np.asarray, first_pass(initial_weights())
-        )
+        first = jax.tree.map(np.asarray, fb.record(total_error)(initial_weights()))
+        (gradient,), neuron, delta = first.gradients, first.named_values, first.signals
         once, _, error_once = train(1)
         _, outputs_trained, error_trained = train(UPDATES)
         _, _, error_before = train(UPDATES - 1)
@@ -237,21 +196,23 @@ def calculation() -> dict[str, list[Row]]:
         moved = list(_by_weight(once, "{weight} − 0.5·∂E/∂{weight}"))
     return {
         "Forward": [
-            *_pair("net h1", "w1·i1 + w2·i2 + b1", "net h2", "w3·i1 + w4·i2 + b1", nets.hidden),
-            *_pair("h1", "1/(1 + exp(−net h1))", "h2", "1/(1 + exp(−net h2))", neurons.hidden),
-            *_pair("net o1", "w5·h1 + w6·h2 + b2", "net o2", "w7·h1 + w8·h2 + b2", nets.output),
-            *_pair("o1", "1/(1 + exp(−net o1))", "o2", "1/(1 + exp(−net o2))", neurons.output),
+            *_pair("net h1", "w1·i1 + w2·i2 + b1", "net h2", "w3·i1 + w4·i2 + b1", neuron["net h"]),
+            *_pair("h1", "1/(1 + exp(−net h1))", "h2", "1/(1 + exp(−net h2))", neuron["h"]),
+            *_pair("net o1", "w5·h1 + w6·h2 + b2", "net o2", "w7·h1 + w8·h2 + b2", neuron["net o"]),
+            *_pair("o1", "1/(1 + exp(−net o1))", "o2", "1/(1 + exp(−net o2))", neuron["o"]),
         ],
         "Error": [
-            *_pair("E o1", "½(t1 − o1)²", "E o2", "½(t2 − o2)²", parts),
-            _row("E", "E o1 + E o2", parts.sum()),
+            *_pair("E o1", "½(t1 − o1)²", "E o2", "½(t2 − o2)²", neuron["E"]),
+            _row("E", "E o1 + E o2", first.value),
         ],
         "Error signals": [
-            *_pair("δ o1", "(o1 − t1)·o1·(1 − o1)", "δ o2", "(o2 − t2)·o2·(1 − o2)", deltas.output),
+            *_pair(
+                "δ o1", "(o1 − t1)·o1·(1 − o1)", "δ o2", "(o2 − t2)·o2·(1 − o2)", delta["net o"]
+            ),
             *_pair(
                 *("δ h1", "(w5·δ o1 + w7·δ o2)·h1·(1 − h1)"),
                 *("δ h2", "(w6·δ o1 + w8·δ o2)·h2·(1 − h2)"),
-                deltas.hidden,
+                delta["net h"],
             ),
         ],
         "Gradient": [_row(f"∂E/∂{name}", how, slope) for name, how, slope in slopes],
