@@ -1,7 +1,8 @@
 """Our reverse mode against `jax.value_and_grad`: time, memory, tracing, compilation, size.
 
     python -m experiments.benchmark                    every program
-    python -m experiments.benchmark --programs mlp lstm --repeats 200
+    python -m experiments.benchmark gradients --programs mlp lstm --repeats 200
+    python -m experiments.benchmark quantities         what else a sweep gives; see there
 
 Both are measured in this one process, in alternation, and compared pair by pair: the ratio of a
 pair is little disturbed by what else the machine does. Reported are the median of the ratios and
@@ -14,8 +15,7 @@ import dataclasses
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,18 @@ from rich.progress import track
 from rich.table import Table
 
 import fbackprop as fb
+from experiments import quantity_benchmark
 from experiments.command import UsageError, run, terminal
+from experiments.measuring import Ratio, alternate
 from experiments.programs import PROGRAMS, Program, build
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Compare fbackprop with jax.value_and_grad, in one process and in alternation."""
+    """Compare fbackprop with jax.value_and_grad, in one process and in alternation.
+
+    With `quantities` as the first word, measure the quantities of fb.sweep instead.
+    """
 
     programs: tuple[str, ...] = tuple(PROGRAMS)
     """Which programs to differentiate."""
@@ -43,22 +48,6 @@ class Settings:
     """Pairs of compilations that are timed, no more than of traces."""
     out: Path = Path("runs/benchmark")
     """Where the table (JSON) and the figure (PNG) go."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Ratio:
-    """Ours over JAX's: median of paired ratios, their quartiles, JAX's median in its own unit."""
-
-    median: float
-    lower: float
-    upper: float
-    jax: float
-
-    @classmethod
-    def of(cls, ours: list[float], theirs: list[float]) -> Ratio:
-        ratios = np.array(ours) / np.maximum(np.array(theirs), 1e-12)
-        lower, median, upper = np.quantile(ratios, [0.25, 0.5, 0.75])
-        return cls(float(median), float(lower), float(upper), statistics.median(theirs))
 
 
 MEASURES = {
@@ -89,8 +78,8 @@ def measure(program: Program, settings: Settings) -> dict[str, Ratio]:
     # Each compilation needs a lowering of its own: JAX remembers what it has compiled of one.
     compiled: list[Any] = [lowered(side).compile() for side in (0, 1)]
     ready: tuple[list[Any], list[Any]] = ([], [])
-    traces = _alternate(lambda side: ready[side].append(lowered(side)), settings.traces, fresh=True)
-    compilations = _alternate(
+    traces = alternate(lambda side: ready[side].append(lowered(side)), settings.traces, fresh=True)
+    compilations = alternate(
         lambda side: ready[side].pop().compile(),
         min(settings.compilations, settings.traces),
         fresh=True,
@@ -100,7 +89,7 @@ def measure(program: Program, settings: Settings) -> dict[str, Ratio]:
         return jax.block_until_ready(compiled[side](program.params, program.data))
 
     _check(execute(0), execute(1))
-    runs = _alternate(execute, settings.repeats)
+    runs = alternate(execute, settings.repeats)
     memory = [c.memory_analysis() for c in compiled]
     temporary = [float(m.temp_size_in_bytes) for m in memory]
     total = [
@@ -116,19 +105,6 @@ def measure(program: Program, settings: Settings) -> dict[str, Ratio]:
         "compile": Ratio.of(*compilations),
         "hlo": Ratio.of([sizes[0]], [sizes[1]]),
     }
-
-
-def _alternate(work: Callable[[int], Any], pairs: int, fresh: bool = False):
-    """Seconds that `work(0)` and `work(1)` take, in pairs whose order changes."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for i in range(pairs):
-        for side in (i % 2, 1 - i % 2):
-            if fresh:
-                jax.clear_caches()
-            start = time.perf_counter()
-            work(side)
-            seconds[side].append(time.perf_counter() - start)
-    return seconds
 
 
 def _check(ours, theirs) -> None:
@@ -156,8 +132,7 @@ def table_of(results: dict[str, dict[str, Ratio]]) -> Table:
 def _cell(measure: str, ratio: Ratio) -> str:
     """The ratio; with half its interquartile range where it was timed."""
     if measure in ("run", "trace", "compile"):
-        spread = (ratio.upper - ratio.lower) / 2
-        return f"{ratio.median:.3f} ±{spread:.3f}"
+        return f"{ratio.median:.3f} ±{ratio.spread:.3f}"
     return f"{ratio.median:.3f}"
 
 
@@ -221,9 +196,11 @@ def _write(results: dict[str, dict[str, Ratio]], path: Path) -> None:
     path.write_text(json.dumps({"versions": versions, "ratios": rows}, indent=2) + "\n")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmark; returns the exit status."""
-    return run(Settings, script, arguments)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a benchmark, which the first argument may name; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = words.pop(0) if words and words[0] in ("gradients", "quantities") else "gradients"
+    return quantity_benchmark.main(words) if name == "quantities" else run(Settings, script, words)
 
 
 if __name__ == "__main__":

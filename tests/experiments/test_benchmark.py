@@ -13,7 +13,7 @@ from experiments.programs import PROGRAMS, build
 
 def test_ratio_is_the_median_of_pairs():
     ratio = benchmark.Ratio.of([1.0, 4.0, 9.0], [2.0, 4.0, 6.0])
-    assert (ratio.lower, ratio.median, ratio.upper, ratio.jax) == (0.75, 1.0, 1.25, 4.0)
+    assert (ratio.lower, ratio.median, ratio.upper, ratio.reference) == (0.75, 1.0, 1.25, 4.0)
 
 
 def test_writes_table_figure_and_json(tmp_path, capsys):

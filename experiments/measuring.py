@@ -1,0 +1,51 @@
+"""Timing two programs against each other, in alternation and pair by pair."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """One over the other: median of paired ratios, their quartiles, the other's median itself."""
+
+    median: float
+    lower: float
+    upper: float
+    reference: float
+
+    @classmethod
+    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+        ratios = np.array(ours) / np.maximum(np.array(theirs), 1e-12)
+        lower, median, upper = np.quantile(ratios, [0.25, 0.5, 0.75])
+        return cls(float(median), float(lower), float(upper), statistics.median(theirs))
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles."""
+        return (self.upper - self.lower) / 2
+
+
+def alternate(
+    work: Callable[[int], Any], pairs: int, fresh: bool = False
+) -> tuple[list[float], list[float]]:
+    """Seconds that `work(0)` and `work(1)` take, in pairs whose order changes.
+
+    With `fresh`, JAX forgets before each what it has traced and compiled.
+    """
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for i in range(pairs):
+        for side in (i % 2, 1 - i % 2):
+            if fresh:
+                jax.clear_caches()
+            start = time.perf_counter()
+            work(side)
+            seconds[side].append(time.perf_counter() - start)
+    return seconds
