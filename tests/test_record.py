@@ -120,6 +120,8 @@ PLACES = {
     "scan in a branch": (in_branched_scan, (3,)),
     "vmap inside": (lambda x, at: jax.vmap(lambda x: jnp.sin(x @ W))(at(jnp.exp(x))), ()),
 }
+# Each kind of nesting once, for what compiles long.
+NESTED = ["jit", "checkpointed scan of jit", "branch in a scan", "nested scans"]
 
 
 def test_a_scan_of_nothing():
@@ -153,12 +155,12 @@ def test_cotangents_are_those_of_a_zero_added_there(place):
     found = recorded(X)
     assert_close((found.value, found.gradients), (value, pullback(ct)))
     assert_close(found.signals["v"], expected_signal(f, X, loops, ct), 4)
-    if place != "integer output":  # whose float0 cotangent cannot pass
+    if place in NESTED:
         jitted = jax.jit(lambda x, ct: record(plain, cotangent=ct)(x))(X, ct)
         assert_close(jitted, found, 10)
 
 
-@pytest.mark.parametrize("place", ["jit", "branch in a scan", "nested scans"])
+@pytest.mark.parametrize("place", NESTED)
 def test_the_same_mapped_over_examples(place):
     f, _ = PLACES[place]
     xs = jnp.stack([X, -X, 2 * X])
