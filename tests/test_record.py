@@ -163,7 +163,7 @@ def test_cotangents_are_those_of_a_zero_added_there(place):
 @pytest.mark.parametrize("place", NESTED)
 def test_the_same_mapped_over_examples(place):
     f, _ = PLACES[place]
-    xs = jnp.stack([X, -X, 2 * X])
+    xs = jnp.stack([X, -X])
     one = record(lambda x: f(x, name))
     singly = jax.tree.map(lambda *xs: jnp.stack(xs), *map(one, xs))
     assert_close(jax.vmap(one)(xs), singly, 10)
