@@ -196,7 +196,7 @@ def rivals(quantity, family) -> dict[str, Callable]:
         found["Opacus"] = lambda *a: by_opacus(*a, clip=False)
     if quantity == "clipped-gradient":
         found["Opacus"] = lambda *a: by_opacus(*a, clip=True)
-        found["Opacus (ghost)"] = by_ghost_clipping
+        found["Opacus ghost"] = by_ghost_clipping
     return found
 
 
@@ -211,7 +211,7 @@ def alternate(step: Callable, unit: Callable, repeats: int, seconds: float) -> l
     step()
     affordable = int(seconds / (time.perf_counter() - start))
     taken: list[list[float]] = [[], []]
-    for i in range(min(repeats, max(affordable, 3))):
+    for i in range(min(repeats, max(affordable, 1))):
         for side in (i % 2, 1 - i % 2):
             start = time.perf_counter()
             (step, unit)[side]()
