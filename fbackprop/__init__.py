@@ -20,10 +20,14 @@ from fbackprop.columns import HessianRoot as HessianRoot
 from fbackprop.columns import Labels as Labels
 from fbackprop.columns import LossGradient as LossGradient
 from fbackprop.columns import Outputs as Outputs
+from fbackprop.explain import LeafReport as LeafReport
+from fbackprop.explain import SitesReport as SitesReport
+from fbackprop.explain import explain_sites as explain_sites
 from fbackprop.gradients import Gradients as Gradients
 from fbackprop.kronecker import KroneckerBlock as KroneckerBlock
 from fbackprop.least_squares import LeastSquaresResult as LeastSquaresResult
 from fbackprop.least_squares import least_squares as least_squares
+from fbackprop.nonfinite import NonFinite as NonFinite
 from fbackprop.quantities import ClippedGradient as ClippedGradient
 from fbackprop.quantities import ErrorSignals as ErrorSignals
 from fbackprop.quantities import ExampleDots as ExampleDots
@@ -41,6 +45,11 @@ from fbackprop.quantities import Kronecker as Kronecker
 from fbackprop.quantities import Quantity as Quantity
 from fbackprop.quantities import SecondMoment as SecondMoment
 from fbackprop.quantities import Variance as Variance
+from fbackprop.record import Record as Record
+from fbackprop.record import Statistics as Statistics
+from fbackprop.record import Step as Step
+from fbackprop.record import error_signals as error_signals
+from fbackprop.record import record as record
 from fbackprop.reverse import grad as grad
 from fbackprop.reverse import value_and_grad as value_and_grad
 from fbackprop.reverse import vjp as vjp

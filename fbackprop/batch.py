@@ -8,12 +8,12 @@ each quantity the sites. Nothing of size examples × parameters is made unless a
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fbackprop.columns import Example
@@ -24,6 +24,7 @@ from fbackprop.program import (
     Program,
     as_array,
     cotangent_aval,
+    has_value,
     is_inexact,
     trace_tree,
     type_of,
@@ -81,8 +82,8 @@ def sweep(
             raise TypeError(f"the {role} must be a function, but it is {function!r}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", but it is {reduction!r}')
-    if chunk is not None and operator.index(chunk) < 1:
-        raise ValueError(f"chunk={chunk}: a chunk must hold at least one example")
+    if chunk is not None and not (isinstance(chunk, int) and chunk > 0):
+        raise ValueError(f"chunk={chunk}: give a whole number of examples, at least one")
     for name, quantity in quantities.items():
         if name == "loss":
             raise ValueError('a quantity cannot be named "loss": the loss has that name')
@@ -94,24 +95,54 @@ def sweep(
     rules = STRICT if strict else DEFAULT
 
     def run(params, batch, *further, weights=None, key=None):
-        batch = _checked_batch(batch)
-        x, y = batch
         _check_params(params)
-        n = _examples((x, y, *further), weights)
         draws = [name for name, q in quantities.items() if q.needs_key]
         if key is None and (takes_key or draws):
             who = f"the quantity {draws[0]!r} samples" if draws else "the model takes a key"
             raise ValueError(f"{who}: pass key=, a jax.random.key, to the sweep")
-        model_keys, column_keys = _keys(key, n)
-        inputs = (x, *further, model_keys) if takes_key else (x, *further)
-        tapped = _tapped(model, takes_key, params, inputs, rules)
-        weights = jnp.ones(n) if weights is None else jnp.asarray(weights)
-        scale = jnp.ones(()) if reduction == "mean" else jnp.sum(weights)
-        task = _Task(tapped, loss, quantities, params, scale)
-        data, shares = jax.tree.leaves(inputs), weights / jnp.sum(weights)
-        return task.run(_Examples(data, y, column_keys, shares), chunk)
+        examples = _examples(batch, further, weights, key, takes_key)
+        tapped = _tapped(model, takes_key, params, examples.inputs, rules)
+        total = 1.0 if reduction == "mean" else _total(weights, len(examples.shares))
+        task = _Task(tapped, loss, quantities, params, total)
+        others = {
+            name: _examples(q.other, (), None, key, takes_key, like=examples.inputs)
+            for name, q in quantities.items()
+            if q.other is not None
+        }
+        return task.run(examples, others, chunk)
 
     return run
+
+
+class _Examples(NamedTuple):
+    """Examples with a leading axis.
+
+    Attributes:
+      inputs: of the model, a tuple of pytrees; its key, if it takes one, comes last.
+      target: of the loss.
+      key: for columns that are drawn.
+      shares: (N,), what each example counts in the mean.
+    """
+
+    inputs: tuple
+    target: Any
+    key: Any
+    shares: Any
+
+
+def sites_of(model: Callable, params, inputs: tuple) -> Gradients:
+    """The sites of a model on a batch of inputs, for one column of no meaning: to see their shapes."""
+    takes_key, n = "key" in _parameters(model), _length(inputs, None)
+    if takes_key:
+        inputs = (*inputs, jax.random.split(jax.random.key(0), n))
+
+    def column(example: Example):
+        return jax.tree.map(lambda z: z[None], example.prediction), jnp.ones(1)
+
+    tapped = _tapped(model, takes_key, params, inputs, DEFAULT)
+    task = _Task(tapped, lambda prediction, target: 0.0, {}, params, 1.0)
+    _, (swept,) = task.sweep(_Examples(inputs, None, None, jnp.ones(n) / n), [column])
+    return task.gradients(swept)
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -122,15 +153,6 @@ def _parameters(model) -> Mapping:
         return inspect.signature(model).parameters
     except (TypeError, ValueError):
         return {}
-
-
-def _checked_batch(batch):
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise ValueError(
-            f"the batch must be a pair (inputs, targets), but it is a {type(batch).__name__}"
-            + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
-        )
-    return batch
 
 
 def _check_params(params):
@@ -145,21 +167,55 @@ def _check_params(params):
             ) from None
         if jnp.issubdtype(aval.dtype, jnp.complexfloating):
             raise TypeError(f"{name} is complex: the quantities of a sweep are for real parameters")
+        if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+            raise TypeError(
+                f"{name} is of dtype {aval.dtype}: pass only arrays of numbers as parameters, and "
+                "close over the rest"
+            )
 
 
-def _examples(trees, weights) -> int:
+def _examples(batch, further, weights, key, takes_key: bool, like=None) -> _Examples:
+    """A batch, checked; `like` are the inputs of another whose examples it must resemble."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        many = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise ValueError(
+            f"a batch must be a pair (inputs, targets), but it is a {type(batch).__name__}{many}"
+        )
+    x, y = batch
+    n = _length((x, y, *further), weights)
+    keys = (None, None) if key is None else [jax.random.split(k, n) for k in jax.random.split(key)]
+    inputs = (x, *further, keys[0]) if takes_key else (x, *further)
+    if like is not None and _example(inputs) != _example(like):
+        raise ValueError(
+            f"an example of the second batch is {_example(inputs)}, but one of the batch is "
+            f"{_example(like)}: both must be of the same shapes"
+        )
+    weights = jnp.ones(n) if weights is None else jnp.asarray(weights, float)
+    return _Examples(inputs, y, keys[1], weights / jnp.sum(weights))
+
+
+def _example(inputs):
+    """The types of one example's inputs."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], type_of(x).dtype), inputs)
+
+
+def _total(weights, n: int):
+    return float(n) if weights is None else jnp.sum(jnp.asarray(weights, float))
+
+
+def _length(trees, weights) -> int:
+    """N, the length of every leading axis."""
     sizes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
         shape = jnp.shape(leaf)
-        names = ("inputs", "targets")
         k = path[0].idx
-        name = (names[k] if k < 2 else f"further input {k - 2}") + jax.tree_util.keystr(path[1:])
+        name = ("inputs", "targets")[k] if k < 2 else f"further inputs {k - 1}"
+        name += jax.tree_util.keystr(path[1:])
         if not shape:
             raise ValueError(f"the {name} have no axis of examples: they are a scalar")
         sizes[name] = shape[0]
     if weights is not None:
-        if jnp.ndim(weights) != 1:
-            raise ValueError(f"weights must have shape (N,), but have {jnp.shape(weights)}")
+        _check_weights(weights)
         sizes["weights"] = jnp.shape(weights)[0]
     if len(set(sizes.values())) > 1:
         said = ", ".join(f"{name}: {size}" for name, size in sizes.items())
@@ -169,10 +225,14 @@ def _examples(trees, weights) -> int:
     return next(iter(sizes.values()))
 
 
-def _keys(key, n: int):
-    if key is None:
-        return None, None
-    return tuple(jax.random.split(k, n) for k in jax.random.split(key))
+def _check_weights(weights) -> None:
+    if jnp.ndim(weights) != 1:
+        raise ValueError(f"weights must have shape (N,), but have {jnp.shape(weights)}")
+    if has_value(weights):
+        if np.any(np.asarray(weights) < 0):
+            raise ValueError("weights must not be negative: an example counts as much as it weighs")
+        if not np.any(np.asarray(weights)):
+            raise ValueError("all weights are zero: at least one example must count")
 
 
 def _leaves(params) -> list:
@@ -200,7 +260,7 @@ class Tapped(NamedTuple):
 
     def nudges(self) -> list:
         """One of zeros for each use, and then for each weight used without structure."""
-        n = len(self.part.uses) + sum(self.part.nudged)
+        n = len(self.part.uses) + sum(map(bool, self.part.loose))
         return [zeros(aval) for aval in self.program.in_avals[len(self.program.inputs) - n :]]
 
 
@@ -213,13 +273,8 @@ def _tapped(model, takes_key, params, inputs, rules) -> Tapped:
             return model(params, x, *further, key=key)
         return model(params, x, *further)
 
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], _dtype(x)), inputs)
-    program, structure = trace_tree(call, params, *one)
+    program, structure = trace_tree(call, params, *_example(inputs))
     return tap(program, structure, len(jax.tree.leaves(params)), rules)
-
-
-def _dtype(x):
-    return type_of(x).dtype
 
 
 def tap(program: Program, structure, n_params: int, rules) -> Tapped:
@@ -232,8 +287,8 @@ def tap(program: Program, structure, n_params: int, rules) -> Tapped:
     def run(weights, fixed, data, at_uses, at_weights):
         pieces = iter(at_weights)
         weights = [
-            Weight(w, TAP.bind(w, next(pieces)) if nudged else w)
-            for w, nudged in zip(weights, part.nudged, strict=True)
+            Weight(w, TAP.bind(w, next(pieces)) if loose else w)
+            for w, loose in zip(weights, part.loose, strict=True)
         ]
         values = [x if not m else None for x, m in zip(fixed, moving, strict=False)]
         return part.meet(weights, [*values, *data], at_uses)
@@ -245,7 +300,7 @@ def tap(program: Program, structure, n_params: int, rules) -> Tapped:
         list(program.in_avals[:n_params]),
         list(program.in_avals[n_params:]),
         [_nudge(use.eqn.out_avals[0], use.nudge_shape) for use in part.uses],
-        [_nudge(a, a.shape) for a, nudged in zip(avals, part.nudged, strict=True) if nudged],
+        [_nudge(a, a.shape) for a, loose in zip(avals, part.loose, strict=True) if loose],
     )
     return Tapped(part, source, tapped, structure)
 
@@ -255,15 +310,6 @@ def _nudge(aval, shape):
 
 
 # --- the sweep ------------------------------------------------------------------------------------
-
-
-class _Examples(NamedTuple):
-    """Examples with a leading axis: leaves of the inputs, targets, keys and shares in the mean."""
-
-    data: list
-    target: Any
-    key: Any
-    shares: Any
 
 
 class _Swept(NamedTuple):
@@ -291,13 +337,24 @@ class _Task(NamedTuple):
     params: Any
     scale: Any
 
-    def run(self, examples: _Examples, chunk: int | None) -> dict:
+    def run(self, examples: _Examples, others: Mapping[str, _Examples], chunk: int | None) -> dict:
+        """All of it.
+
+        Args:
+          examples: of the batch.
+          others: of a second batch, for each quantity that has one.
+          chunk: how many examples to go through at a time, None for all.
+        """
         found = self._in_chunks(examples, chunk) if chunk else self._piece(examples)
         found["loss"] = found["loss"] * self.scale
         for name, quantity in self.quantities.items():
             x = found[name]
             if quantity.over == "pairs":
-                x = quantity.extract(self.gradients(x))
+                gradients = self.gradients(x)
+                if name in others:
+                    (swept,) = self.sweep(others[name], [quantity.columns])[1]
+                    gradients.second = self.gradients(swept)
+                x = quantity.extract(gradients)
             found[name] = quantity.finish(quantity.scaled(x, self.scale))
         return found
 
@@ -322,7 +379,8 @@ class _Task(NamedTuple):
         first = len(program.inputs) - len(nudges)
         active = tuple(i >= first for i in range(len(program.inputs)))
 
-        def one(data, target, key, share):
+        def one(inputs, target, key, share):
+            data = jax.tree.leaves(inputs)
             outs, tape = forward(rules, program, active, [*weights, *params, *data, *nudges])
             prediction = jax.tree.unflatten(tapped.structure, outs[:n])
             loss = self.loss(prediction, target)
@@ -334,9 +392,8 @@ class _Task(NamedTuple):
                 return backward(rules, program, active, tape, cts)[first:]
 
             swept = []
-            for k, kind in enumerate(kinds):
-                own = None if key is None else jax.random.fold_in(key, k)
-                seeds, signs = kind(Example(self.loss, prediction, target, own))
+            for kind in kinds:
+                seeds, signs = kind(Example(self.loss, prediction, target, key))
                 if signs.shape == (1,):
                     signals = back(jax.tree.map(lambda x: x[0], seeds))
                     signals = [s if s is None else s[None] for s in signals]
@@ -356,7 +413,7 @@ class _Task(NamedTuple):
             for use, met, signals in zip(part.uses, swept.met, swept.signals[:n], strict=True)
             if signals is not None
         ]
-        nudged = [i for i, is_nudged in enumerate(part.nudged) if is_nudged]
+        nudged = [i for i, loose in enumerate(part.loose) if loose]
         for i, signals in zip(nudged, swept.signals[n:], strict=True):
             if signals is not None:
                 sites.append((i, whole(signals)))
@@ -364,6 +421,7 @@ class _Task(NamedTuple):
 
     def _in_chunks(self, examples: _Examples, chunk: int) -> dict:
         """The same piece by piece: what is of examples in a row, what is a sum summed."""
+        chunk = min(chunk, len(examples.shares))
         full, rest = divmod(len(examples.shares), chunk)
         pieces = []
         if full:

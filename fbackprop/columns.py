@@ -31,6 +31,11 @@ class Example(NamedTuple):
     key: jax.Array | None
 
 
+def _check_samples(samples) -> None:
+    if not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples={samples}: draw a whole number of samples, at least one")
+
+
 @dataclasses.dataclass(frozen=True)
 class LossGradient:
     """One column, the gradient of the example's loss: the sites are those of its gradient."""
@@ -67,6 +72,10 @@ class HessianRoot:
 
     samples: int | None = None
 
+    def __post_init__(self):
+        if self.samples is not None:
+            _check_samples(self.samples)
+
     @property
     def needs_key(self) -> bool:
         return self.samples is not None
@@ -75,9 +84,9 @@ class HessianRoot:
         root = _root_of(example)
         if self.samples is None:
             return root.columns(), root.signs()
-        keys = jax.random.split(example.key, self.samples)
-        draw = jax.vmap(lambda key: root.combine(key))(keys)
-        return jax.tree.map(lambda x: x / self.samples**0.5, draw), jnp.ones(self.samples)
+        draws = jax.random.rademacher(example.key, (self.samples, *root.shape), root.dtype)
+        found = jax.vmap(root.combine)(draws / self.samples**0.5)
+        return found, jnp.ones(self.samples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +101,9 @@ class Labels:
     samples: int
     draw: Callable | None = None
     needs_key: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _check_samples(self.samples)
 
     def __call__(self, example: Example):
         z, target = example.prediction, example.target
@@ -112,6 +124,9 @@ class Labels:
 
 
 # --- roots ----------------------------------------------------------------------------------------
+#
+# A root has its columns and their signs; `combine` sums its columns with coefficients, an array of
+# `shape`, leaving out those of negative sign.
 
 
 class _Diagonal:
@@ -119,6 +134,7 @@ class _Diagonal:
 
     def __init__(self, diagonal, unravel):
         self.diagonal, self.unravel = diagonal, unravel
+        self.shape, self.dtype = diagonal.shape, diagonal.dtype
 
     def columns(self):
         return jax.vmap(self.unravel)(jnp.diag(jnp.sqrt(jnp.abs(self.diagonal))))
@@ -126,9 +142,8 @@ class _Diagonal:
     def signs(self):
         return jnp.where(self.diagonal < 0, -1.0, 1.0)
 
-    def combine(self, key):
-        root = jnp.sqrt(jnp.maximum(self.diagonal, 0))
-        return self.unravel(root * _signs(key, root))
+    def combine(self, coefficients):
+        return self.unravel(jnp.sqrt(jnp.maximum(self.diagonal, 0)) * coefficients)
 
 
 class _Whole:
@@ -137,6 +152,7 @@ class _Whole:
     def __init__(self, hessian, unravel):
         self.values, self.vectors = jnp.linalg.eigh((hessian + hessian.T) / 2)
         self.unravel = unravel
+        self.shape, self.dtype = self.values.shape, self.values.dtype
 
     def columns(self):
         return jax.vmap(self.unravel)((self.vectors * jnp.sqrt(jnp.abs(self.values))).T)
@@ -144,9 +160,9 @@ class _Whole:
     def signs(self):
         return jnp.where(self.values < 0, -1.0, 1.0)
 
-    def combine(self, key):
+    def combine(self, coefficients):
         root = jnp.sqrt(jnp.maximum(self.values, 0))
-        return self.unravel(self.vectors @ (root * _signs(key, root)))
+        return self.unravel(self.vectors @ (root * coefficients))
 
 
 class _Softmax:
@@ -157,9 +173,10 @@ class _Softmax:
     """
 
     def __init__(self, logits, target):
-        self.shape = logits.shape
+        self.like = logits
         logits = logits.reshape(-1, logits.shape[-1])
         self.p = jax.nn.softmax(logits)
+        self.shape, self.dtype = self.p.shape, self.p.dtype
         n_classes = logits.shape[-1]
         if jnp.issubdtype(target.dtype, jnp.integer):
             target = target.reshape(-1)
@@ -169,32 +186,27 @@ class _Softmax:
         self.weight = weight.astype(logits.dtype)
 
     def columns(self):
-        positions, n = self.p.shape
+        positions, n = self.shape
         root = jnp.sqrt(self.p)
         last = root[:, -1:]
         eye = jnp.eye(n, dtype=root.dtype)
-        turned = (last / (1 + last)) * (eye[-1] - self.p)  # (positions, n)
+        turned = (last / (1 + last)) * (eye[-1:] - self.p)  # (positions, n)
         own = eye[None, :-1] - self.p[:, None] - turned[:, None]  # (positions, columns, n)
         own = own * root[:, :-1, None] * jnp.sqrt(self.weight)[:, None, None]
         if positions == 1:
-            return own.reshape(n - 1, *self.shape)
+            return own.reshape(n - 1, *self.like.shape)
         places = jnp.eye(positions, dtype=root.dtype)
         every = jnp.einsum("pq,pcn->pcqn", places, own)
-        return every.reshape(positions * (n - 1), *self.shape)
+        return every.reshape(positions * (n - 1), *self.like.shape)
 
     def signs(self):
-        positions, n = self.p.shape
+        positions, n = self.shape
         return jnp.ones(positions * (n - 1))
 
-    def combine(self, key):
-        root = jnp.sqrt(self.p)
-        draw = _signs(key, root)
-        found = root * draw - self.p * jnp.sum(root * draw, axis=-1, keepdims=True)
-        return (found * jnp.sqrt(self.weight)[:, None]).reshape(self.shape)
-
-
-def _signs(key, like):
-    return jax.random.rademacher(key, like.shape, like.dtype)
+    def combine(self, coefficients):
+        root = jnp.sqrt(self.p) * coefficients
+        found = root - self.p * jnp.sum(root, axis=-1, keepdims=True)
+        return (found * jnp.sqrt(self.weight)[:, None]).reshape(self.like.shape)
 
 
 def _root_of(example: Example):

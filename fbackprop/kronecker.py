@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fbackprop.sites import Dense, Layout, OneHot, contract, wide
+from fbackprop.sites import Dense, Layout, OneHot, Site, contract, wide
 
 
 class Place(NamedTuple):
@@ -66,45 +67,70 @@ class KroneckerBlock:
         return split.transpose(order).reshape(self.layout.sizes)
 
 
-def factors(pairs: Sequence[tuple[Dense | OneHot, Dense | OneHot]], shares, sharing: str):
-    """A and B of the sites of one weight, as (activations, error signals).
+def block_of_sites(sites: Sequence[Site], view, start, shares, sharing: str) -> KroneckerBlock:
+    """The block of sites that meet the same part of a weight in the same orientation.
 
     Args:
-      pairs: the sites' factors.
+      sites: the sites.
+      view, start: arrays that stand for the weight and for the leaf that it is a view of.
       shares: (N, C), what each column counts in the mean.
       sharing: "expand" or "reduce".
     """
-    mean = jnp.max(shares, axis=1, keepdims=True)  # of examples, for what has one column
-    n_places = sum(_places(a) for a, _ in pairs)
+    a, b = _factors(sites, shares, sharing)
+    return KroneckerBlock(a, b, sites[0].layout, _place(view, start))
+
+
+def block_without_activations(each, view, start, depth: int, shares) -> KroneckerBlock:
+    """The block of a weight without activations: its rows share a factor, save those of a stack."""
+    shape = each.shape[2:] or (1,)
+    stack, rows, last = math.prod(shape[:depth]), math.prod(shape[depth:-1]), shape[-1]
+    if depth == len(shape):
+        stack, last = math.prod(shape), 1
+    x = wide(each).reshape(*each.shape[:2], stack, rows, last).swapaxes(2, 3)
+    a = jnp.full((stack, rows), 1 / rows, x.dtype)
+    b = contract("nctgo,nctgp->gop", x * shares.astype(x.dtype)[:, :, None, None, None], x)
+    layout = Layout(view.shape, (stack, rows, last), ((0,), (1,), (2,)))
+    return KroneckerBlock(a, b, layout, _place(view, start))
+
+
+def _place(view: np.ndarray, leaf: np.ndarray) -> Place:
+    offset = view.__array_interface__["data"][0] - leaf.__array_interface__["data"][0]
+    return Place(offset, view.shape, view.strides, leaf.size)
+
+
+def _factors(sites: Sequence[Site], shares, sharing: str):
+    """A and B."""
+    mean = jnp.max(shares, axis=1, keepdims=True)  # of examples, for activations
+    n_places = sum(site.places for site in sites)
+    into, out = [site.rows for site in sites], [Dense(site.b) for site in sites]
     if sharing == "expand":
-        a: Any = sum(_outer(p, mean) for p, _ in pairs) / n_places
-        return a, sum(_outer(q, shares) for _, q in pairs)
-    a = sum(jnp.sum(_dense(p), axis=2, keepdims=True) for p, _ in pairs) / n_places
-    b = sum(jnp.sum(_dense(q), axis=2, keepdims=True) for _, q in pairs)
-    return _outer(Dense(a), mean), _outer(Dense(b), shares)
+        a = _sum([_outer(p, mean) for p in into]) / n_places
+        return a, _sum([_outer(q, shares) for q in out])
+    a, b = (sum(map(_over_places, factors)) for factors in (into, out))
+    return _outer(Dense(a / n_places), mean), _outer(Dense(b), shares)
 
 
-def _places(p: Dense | OneHot) -> int:
-    return (p.indices if isinstance(p, OneHot) else p.x).shape[2]
+def _sum(outers: Sequence):
+    """The sum of matrices (g, f, f) and of diagonals (g, f) of such."""
+    if len({x.ndim for x in outers}) > 1:
+        outers = [jax.vmap(jnp.diag)(x) if x.ndim == 2 else x for x in outers]
+    return sum(outers)
 
 
-def _dense(p: Dense | OneHot):
-    if isinstance(p, OneHot):
-        return jax.nn.one_hot(p.indices, p.size)
-    return wide(p.x)
+def _over_places(p: Dense | OneHot):
+    """Σₜ pₜ, (n, c, 1, g, f)."""
+    x = jax.nn.one_hot(p.indices, p.size) if isinstance(p, OneHot) else wide(p.ordered())
+    return jnp.sum(x, axis=2, keepdims=True)
 
 
 def _outer(p: Dense | OneHot, shares):
     """Σ shares[n, c] pₜ pₜᵀ, (g, f, f); of one-hot vectors its diagonal, (g, f)."""
     if isinstance(p, OneHot):
-        n, _, t, g = p.indices.shape
-        counts = jnp.zeros((g, p.size), shares.dtype)
-        rows = jnp.broadcast_to(shares[:, :, None], p.indices.shape)
-        return counts.at[jnp.broadcast_to(jnp.arange(g), p.indices.shape), p.indices].add(
-            rows, mode="drop"
-        )
+        groups = jnp.broadcast_to(jnp.arange(p.indices.shape[-1]), p.indices.shape)
+        counts = jnp.zeros((p.indices.shape[-1], p.size), shares.dtype)
+        rows = jnp.broadcast_to(shares[:, :, None, None], p.indices.shape)
+        return counts.at[groups, p.indices].add(rows, mode="drop")
     x = wide(p.x)
-    if x.shape[1] == 1:
-        shares = jnp.max(shares, axis=1, keepdims=True)
-    shares = shares.astype(x.dtype)
-    return contract("nctgf,nctgh->gfh", x * shares[:, :, None, None, None], x)
+    spread = [shares.shape["nc".index(axis)] if axis in "nc" else 1 for axis in p.axes]
+    weighted = x * shares.astype(x.dtype).reshape(spread)  # n comes before c wherever both are
+    return contract(f"{p.term()},{p.term(f='h')}->gfh", weighted, x)

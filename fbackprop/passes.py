@@ -17,6 +17,7 @@ from fbackprop.program import (
     Literal,
     Program,
     Var,
+    as_array,
     is_inexact,
     memoized,
     read,
@@ -70,7 +71,7 @@ def reversible(rules: Rules, program: Program, active: Mask) -> bool:
 
 def forward(rules: Rules, program: Program, active: Mask, values: Sequence):
     """Run `program` on `values`; returns its outputs and the tape."""
-    env: dict = dict(program.constants)
+    env: dict = {v: as_array(x) for v, x in program.constants}  # rules see no NumPy arrays
     env.update(zip(program.inputs, values, strict=True))
     tape = []
     steps = activity(program, rules, active).steps

@@ -125,7 +125,7 @@ class Separation:
       weights: for each weight the variable that it is, or (equation, k) for the k-th weight that
         the first part of an equation's body computes.
       uses: the uses with structure, in the order in which `meet` returns what they met.
-      nudged: for each weight whether it also has uses without.
+      loose: for each weight its uses without, described; it is nudged itself if there are any.
       depth: for each weight how many loops it comes stacked for.
     """
 
@@ -147,7 +147,7 @@ class Separation:
 
         self.weights: list = []
         self.uses: list[Use] = []
-        self.nudged: list[bool] = []
+        self.loose: list[list[str]] = []
         self.depth: list[int] = []
         late = self._late()
         self._rest = [eqn for eqn in program.equations if self._is_rest(eqn) or eqn in late]
@@ -155,7 +155,7 @@ class Separation:
             self._enlist(eqn)
         for v in program.outputs:
             if self.is_param(v):
-                self._weight(v, nudged=True)
+                self._weight(v, ["returned by the model"])
 
     def is_param(self, v) -> bool:
         return isinstance(v, Var) and v in self._params
@@ -184,13 +184,13 @@ class Separation:
         self._params = self._params - {v for eqn in late for v in eqn.outputs}
         return late
 
-    def _weight(self, key, nudged: bool, depth: int = 0) -> int:
+    def _weight(self, key, loose: list[str], depth: int = 0) -> int:
         if key not in self.weights:
             self.weights.append(key)
-            self.nudged.append(False)
+            self.loose.append([])
             self.depth.append(depth)
         i = self.weights.index(key)
-        self.nudged[i] |= nudged
+        self.loose[i] += loose
         self.depth[i] = min(self.depth[i], depth)
         return i
 
@@ -198,17 +198,18 @@ class Separation:
         """Note which weights an equation uses, and how."""
         inner = self._inner.get(eqn)
         if inner is not None:
-            described = zip(inner.keys, inner.nudged, inner.depth, strict=True)
-            places = [self._weight(*described_weight) for described_weight in described]
+            places = list(map(self._weight, inner.keys, inner.loose, inner.depth))
             self.uses += [use._replace(weight=places[use.weight]) for use in inner.uses]
             for v in inner.changing:
-                self._weight(v, nudged=True)
+                self._weight(v, [f"changed from step to step of a loop at {eqn.source}"])
             return
         found = [i for i, v in enumerate(eqn.inputs) if self.is_param(v)]
         operand = self._structured(eqn, found)
         for i in found:
             # What has no derivative (a comparison, a stopped gradient) needs no nudge.
-            weight = self._weight(eqn.inputs[i], nudged=operand is None and self._moves(eqn))
+            is_loose = operand is None and self._moves(eqn)
+            described = [f"{eqn.primitive} at {eqn.source}"] if is_loose else []
+            weight = self._weight(eqn.inputs[i], described)
             if i == operand:
                 self.uses.append(Use(eqn, i, weight))
 
@@ -310,7 +311,7 @@ class _Inner:
     Attributes:
       data: which of its results depend on the example.
       keys: the weights of its bodies as the program around names them.
-      nudged: which of them have uses without structure.
+      loose: their uses without structure, described.
       uses: those with structure; their `weight` is an index into `keys`.
       depth: how many loops, these included, each comes stacked for.
       changing: operands that are parameters to the program around and like data to the bodies.
@@ -322,7 +323,7 @@ class _Inner:
         self.eqn = eqn
         self.data: Mask = (True,) * len(eqn.outputs)
         self.keys: list = []
-        self.nudged: list[bool] = []
+        self.loose: list[list[str]] = []
         self.depth: list[int] = []
         self.uses: list[Use] = []
         self._n_own = 0
@@ -340,7 +341,7 @@ class _Inner:
         """
         given = dict(zip(part.program.inputs, operands, strict=True))
         places, own = [], {}
-        for key, nudged, depth in zip(part.weights, part.nudged, part.depth, strict=True):
+        for key, loose, depth in zip(part.weights, part.loose, part.depth, strict=True):
             if key not in given:
                 own[key] = self._n_own
                 self._n_own += 1
@@ -348,10 +349,10 @@ class _Inner:
             depth += sum(around.stacked for around in loop(key))
             if named not in self.keys:
                 self.keys.append(named)
-                self.nudged.append(False)
+                self.loose.append([])
                 self.depth.append(depth)
             place = self.keys.index(named)
-            self.nudged[place] |= nudged
+            self.loose[place] += loose
             self.depth[place] = min(self.depth[place], depth)
             places.append(place)
         for use in part.uses:

@@ -32,20 +32,48 @@ from fbackprop.table import Rules
 
 
 def contract(axes: str, *operands):
-    """`jnp.einsum` to which axes of length one do not matter."""
+    """`jnp.einsum` to which axes of length one do not matter.
+
+    Axes that are neighbours wherever they occur are made one, so that a sum over examples and
+    places is one product of two matrices, without a transposition.
+    """
     ins, out = axes.split("->")
     terms = ins.split(",")
     sizes: dict[str, int] = {}
     for term, x in zip(terms, operands, strict=True):
         for axis, size in zip(term, x.shape, strict=True):
-            sizes[axis] = max(size, sizes.get(axis, 1))
-    kept = []
-    for term, x in zip(terms, operands, strict=True):
-        ones = tuple(k for k, size in enumerate(x.shape) if size == 1)
-        kept.append(("".join(a for k, a in enumerate(term) if k not in ones), lax.squeeze(x, ones)))
-    short = "".join(a for a in out if any(a in term for term, _ in kept))
-    result = jnp.einsum(",".join(term for term, _ in kept) + "->" + short, *(x for _, x in kept))
-    return result.reshape([sizes[a] if a in short else 1 for a in out])
+            sizes[axis] = sizes.get(axis, 1) if size == 1 else size
+    for k, x in enumerate(operands):
+        terms[k] = "".join(a for a, size in zip(terms[k], x.shape, strict=True) if size != 1)
+    operands = [x.reshape([n for n in x.shape if n != 1]) for x in operands]
+    terms.append("".join(a for a in out if any(a in term for term in terms)))
+    shape = [sizes[a] if a in terms[-1] else 1 for a in out]
+    while pair := _inseparable(terms):
+        operands = [_merged(x, term.find(pair)) for x, term in zip(operands, terms, strict=False)]
+        terms = [term.replace(pair, pair[0]) for term in terms]
+    return jnp.einsum(",".join(terms[:-1]) + "->" + terms[-1], *operands).reshape(shape)
+
+
+def _inseparable(terms: list[str]) -> str | None:
+    """Two axes that are neighbours, in this order, in every term that has either."""
+    for a, b in (pair for term in terms for pair in itertools.pairwise(term)):
+        if all(a + b in term or not (a in term or b in term) for term in terms):
+            return a + b
+    return None
+
+
+def _merged(x, axis: int):
+    """`x` with an axis and the next as one; as it is for axis −1."""
+    if axis < 0:
+        return x
+    both = math.prod(x.shape[axis : axis + 2])
+    return x.reshape(*x.shape[:axis], both, *x.shape[axis + 2 :])
+
+
+def over_columns(x, shares):
+    """Σ𝒸 shares[n, c] x[n, c, …], (n, …)."""
+    shares = shares.astype(x.dtype).reshape(*shares.shape, *(1,) * (x.ndim - 2))
+    return jnp.sum(x * shares, axis=1)
 
 
 def wide(x):
@@ -57,13 +85,33 @@ def wide(x):
 
 
 class Dense(NamedTuple):
-    """A factor as an array: ``x[n, c, t, g, f]``, with one column where columns do not differ."""
+    """A factor as an array.
+
+    Attributes:
+      x: the array.
+      axes: which axis is which, in the order in which memory has them. An axis that is not there
+        is of length one, as that of columns is where they do not differ.
+    """
 
     x: Any
+    axes: str = "nctgf"
 
     @property
     def size(self) -> int:
-        return self.x.shape[-1]
+        return self.x.shape[self.axes.index("f")]
+
+    @property
+    def places(self) -> int:
+        return self.x.shape[self.axes.index("t")] if "t" in self.axes else 1
+
+    def term(self, **renamed: str) -> str:
+        """The axes as an einsum has them, some by other letters."""
+        return "".join(renamed.get(axis, axis) for axis in self.axes)
+
+    def ordered(self):
+        """The array with axes (n, c, t, g, f)."""
+        kept = self.x.transpose([self.axes.index(axis) for axis in "nctgf" if axis in self.axes])
+        return lax.expand_dims(kept, [k for k, axis in enumerate("nctgf") if axis not in self.axes])
 
 
 class OneHot(NamedTuple):
@@ -75,6 +123,10 @@ class OneHot(NamedTuple):
     indices: Any
     size: int
 
+    @property
+    def places(self) -> int:
+        return self.indices.shape[2]
+
 
 def inner(p: Dense | OneHot, q: Dense | OneHot):
     """⟨pₜ, qᵤ⟩ in the same example and column, (n, c, t, u, g)."""
@@ -83,14 +135,13 @@ def inner(p: Dense | OneHot, q: Dense | OneHot):
         return (same & (p.indices < p.size)[:, :, :, None]).astype(jnp.float32)
     if isinstance(p, OneHot):
         at = p.indices.transpose(0, 1, 3, 2)[:, :, None]  # (n, 1, 1, g, t)
-        found = jnp.take_along_axis(wide(q.x), at, axis=-1, mode="fill", fill_value=0)
+        found = jnp.take_along_axis(wide(q.ordered()), at, axis=-1, mode="fill", fill_value=0)
         return found.transpose(0, 1, 4, 2, 3)
     if isinstance(q, OneHot):
         return inner(q, p).transpose(0, 1, 3, 2, 4)
-    x, y = wide(p.x), wide(q.x)
-    if x.shape[2] == y.shape[2] == 1:
-        return jnp.sum(x * y, axis=-1)[:, :, :, None]
-    return contract("nctgf,ncugf->nctug", x, y)
+    if p.places == q.places == 1:
+        return jnp.sum(wide(p.ordered()) * wide(q.ordered()), axis=-1)[:, :, :, None]
+    return contract(f"{p.term()},{q.term(t='u')}->nctug", wide(p.x), wide(q.x))
 
 
 def inner_all(p: Dense | OneHot, q: Dense | OneHot):
@@ -103,12 +154,15 @@ def inner_all(p: Dense | OneHot, q: Dense | OneHot):
         n, _, t, g = p.indices.shape
         at = p.indices.reshape(n * t, g)
         take = functools.partial(jnp.take, axis=-1, mode="fill", fill_value=0)
-        found = jax.vmap(take, in_axes=(3, 1), out_axes=0)(wide(q.x), at)  # (g, m, d, u, n t)
+        found = jax.vmap(take, in_axes=(3, 1), out_axes=0)(
+            wide(q.ordered()), at
+        )  # (g, m, d, u, n t)
         found = found.reshape(*found.shape[:-1], n, 1, t)
         return found.transpose(4, 5, 6, 1, 2, 3, 0)
     if isinstance(q, OneHot):
         return inner_all(q, p).transpose(3, 4, 5, 0, 1, 2, 6)
-    return contract("nctgf,mdugf->nctmdug", wide(p.x), wide(q.x))
+    other = q.term(n="m", c="d", t="u")
+    return contract(f"{p.term()},{other}->nctmdug", wide(p.x), wide(q.x))
 
 
 # --- how a weight's axes are grouped --------------------------------------------------------------
@@ -151,10 +205,13 @@ class Site:
       a: activations, a factor of one column over i.
       b: error signals, (n, c, t, g, o).
       layout: how the weight's axes are grouped.
-      is_whole: whether the weight has no structure here: a is 1 and b the whole gradient.
+      use: the use that it is of; None where the weight has no structure: a is 1 and b the whole
+        gradient.
+      met: what the weight met there, as it was.
     """
 
-    is_whole = False
+    use: Use | None = None
+    met: Any = None
 
     def __init__(self, a: Dense | OneHot, b, layout: Layout):
         self.a, self.b, self.layout = a, b, layout
@@ -165,57 +222,26 @@ class Site:
         return self.b.shape[2]
 
     @property
-    def is_outer(self) -> bool:
-        """Whether an example's gradient is a single outer product."""
-        return self.places == 1 and isinstance(self.a, Dense)
+    def rows(self) -> Dense | OneHot:
+        """`a` in the order that suits sums over examples and places."""
+        return self.a
 
     def total(self, shares):
         """Σₙ𝒸 shares[n, c] · gradient, of the weight's shape."""
-        b = self._weighted(shares)
+        b = over_columns(self.b, shares)
         if isinstance(self.a, OneHot):
-            return self.layout.restore(_scatter(self.a, b))
-        return self.layout.restore(contract("nctgi,ntgo->gio", self.a.x, b))
+            return self.layout.restore(scatter(self.a, b))
+        return self.layout.restore(contract(self.a.term(f="i") + ",ntgo->gio", self.a.x, b))
 
-    def _weighted(self, shares):
-        return contract("nctgo,nc->ntgo", self.b, shares.astype(self.b.dtype))
 
-    def each(self):
-        """All gradients, (n, c, *shape)."""
-        return self.layout.restore(self._each(self.b))
-
-    def _each(self, b):
-        if isinstance(self.a, OneHot):
-            return jax.vmap(lambda i, bs: jax.vmap(lambda b: _rows(i, b, self.a.size))(bs))(
-                self.a.indices[:, 0], b
-            )
-        if self.places == 1:  # broadcasting, where a product of matrices would have nothing to sum
-            return self.a.x[:, :, 0, :, :, None] * b[:, :, 0, :, None, :]
-        return contract("nctgi,ndtgo->ndgio", self.a.x, b)
-
-    def squares(self, shares):
-        """Σₙ𝒸 shares[n, c] · gradient², elementwise, of the weight's shape."""
-        shares = wide(shares)
-        if self.is_outer:
-            b2 = contract("nctgo,nc->ntgo", wide(self.b) ** 2, shares)
-            return self.layout.restore(contract("nctgi,ntgo->gio", wide(self.a.x) ** 2, b2))
-        if isinstance(self.a, OneHot):
-            # Places of one row add up before they are squared; each of them then counts its part.
-            same = inner(self.a, self.a)
-            sums = contract("nztug,ncugo->nctgo", same, wide(self.b))
-            parts = jnp.maximum(jnp.sum(same, axis=3), 1)[..., None]
-            rows = contract("nctgo,nc->ntgo", sums**2 / parts, shares)
-            return self.layout.restore(_scatter(self.a, rows))
-
-        def add(total, column):
-            b, share = column
-            each = self._each(b[:, None])[:, 0]
-            return total + contract("ngio,n->gio", each**2, share), None
-
-        start = jnp.zeros(self.layout.sizes, shares.dtype)
-        columns = wide(self.b).swapaxes(0, 1), shares.T
-        if self.b.shape[1] == 1:
-            return self.layout.restore(add(start, jax.tree.map(lambda x: x[0], columns))[0])
-        return self.layout.restore(lax.scan(add, start, columns)[0])
+def form(a: Dense | OneHot, b):
+    """All gradients, (n, c, g, i, o), of activations and of error signals (n, c, t, g, o)."""
+    if isinstance(a, OneHot):
+        rows = jax.vmap(lambda at, b: _rows(at, b, a.size), (None, 0))
+        return jax.vmap(rows)(a.indices[:, 0], b)
+    if a.places == 1:  # broadcasting, where a product of matrices would have nothing to sum
+        return a.ordered()[:, :, 0, :, :, None] * b[:, :, 0, :, None, :]
+    return contract(a.term(f="i") + ",ndtgo->ndgio", a.x, b)
 
 
 def _rows(indices, b, size: int):
@@ -225,7 +251,7 @@ def _rows(indices, b, size: int):
     return zeros.at[groups, indices].add(b, mode="drop")
 
 
-def _scatter(a: OneHot, rows):
+def scatter(a: OneHot, rows):
     """The sum over all examples of rows (n, t, g, o) at their indices: (g, i, o)."""
     n, t, g, o = rows.shape
     return _rows(a.indices.reshape(n * t, g), rows.reshape(n * t, g, o), a.size)
@@ -243,7 +269,9 @@ def site_of(use: Use, met, signals, weight_shape) -> Site:
       signals: the error signals of the result, (n, c, *loops, *result).
       weight_shape: the weight's, with the axes of stacked loops.
     """
-    return _MAKERS[use.eqn.primitive.name](use, met, signals, tuple(weight_shape))
+    site = _MAKERS[use.eqn.primitive.name](use, met, signals, tuple(weight_shape))
+    site.use, site.met = use, met
+    return site
 
 
 def whole(signals) -> Site:
@@ -252,9 +280,7 @@ def whole(signals) -> Site:
     size = math.prod(shape)
     layout = Layout(tuple(shape), (1, 1, size), ((0,), (1,), (2,)))
     one = jnp.ones((1, 1, 1, 1, 1), signals.dtype)
-    site = Site(Dense(one), signals.reshape(n, c, 1, 1, size), layout)
-    site.is_whole = True
-    return site
+    return Site(Dense(one), signals.reshape(n, c, 1, 1, size), layout)
 
 
 def _group(x, lead: int, *groups):
@@ -335,7 +361,7 @@ class _Convolution(Site):
     """Of a convolution's kernel: activations are patches, cut out only for what needs them."""
 
     def __init__(self, use: Use, met, signals, weight_shape):
-        self.use, self.met, self.signals = use, met, signals
+        self.use, self.met, self.signals = use, met, signals  # for what is computed when asked
         eqn = use.eqn
         numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
         shared, stacked = _loops(use)
@@ -356,39 +382,43 @@ class _Convolution(Site):
         split[s + out : s + out + 1] = [groups, weight_shape[s + out] // groups]
         places = (
             (*range(s), s + out),
-            tuple(s + d + (d > out) for d in (into, *window)),
+            tuple(s + d + (d > out) for d in (*window, into)),
             (s + out + 1,),
         )
         self.b, self.layout = b, Layout(weight_shape, tuple(split), places)
 
     @functools.cached_property
     def a(self):
-        numbers, groups = (
-            self.use.eqn.params[k] for k in ("dimension_numbers", "feature_group_count")
-        )
-        x, (batch, feature, *space) = self.met, numbers.lhs_spec
-        shared, stacked = _loops(self.use)
-        lead = 1 + len(self.use.loops)
-        x = x.transpose(*range(lead), *(lead + d for d in (batch, *space, feature)))
-        patches = _patches(x, lead + 1, self.use.eqn)
-        *before, features, window = patches.shape  # before: n, *loops, batch, *places
-        patches = patches.reshape(*before, groups, features // groups, window)
-        end = len(before)
-        a = _group(
-            patches, 1,
-            [1 + i for i in shared] + list(range(lead, end)),
-            [1 + i for i in stacked] + [end],
-            [end + 1, end + 2],
-        )  # fmt: skip
-        return Dense(a[:, None])
+        return self._patches(examples_first=True)
+
+    @functools.cached_property
+    def rows(self):
+        return self._patches(examples_first=False)
+
+    def _patches(self, examples_first: bool) -> Dense:
+        eqn, (shared, stacked) = self.use.eqn, _loops(self.use)
+        image = [1 + len(self.use.loops) + d for d in eqn.params["dimension_numbers"].lhs_spec]
+        batch, feature, *space = image
+        stacked, shared = [1 + i for i in stacked], [1 + i for i in shared]
+        lead = [0, *stacked] if examples_first else stacked
+        rest = shared if examples_first else [0, *shared]
+        x = self.met.transpose(*lead, feature, *rest, batch, *space)
+        n, groups = len(self.met), eqn.params["feature_group_count"]
+        stacks = math.prod(self.met.shape[i] for i in stacked)
+        window = math.prod(_window(eqn))
+        x = _patches(x, len(lead), eqn)
+        size = self.met.shape[feature] // groups
+        if examples_first:
+            x = x.reshape(n, stacks, window, groups, size, -1)
+            return Dense(*_without_ones(_group(x, 1, [1, 3], [2, 4], [5]), "ngft"))
+        x = x.reshape(stacks, window, groups, size, n, -1)
+        return Dense(*_without_ones(_group(x, 0, [0, 2], [1, 3], [4], [5]), "gfnt"))
 
     def total(self, shares):
         """By the convolution's own backward rule on the whole batch: no patches."""
         eqn = self.use.eqn
         lead = 1 + len(self.use.loops)
-        shares = shares.astype(self.signals.dtype)
-        ct = contract("nck,nc->nk", self.signals.reshape(*self.signals.shape[:2], -1), shares)
-        ct = ct.reshape(self.signals.shape[:1] + self.signals.shape[2:])
+        ct = over_columns(self.signals, shares)
         shared, stacked = _loops(self.use)
         numbers = eqn.params["dimension_numbers"]
         at_x, at_out = numbers.lhs_spec[0], numbers.out_spec[0]
@@ -404,6 +434,13 @@ class _Convolution(Site):
         return lax.map(lambda pair: kernel(*pair), (x, ct)).reshape(self.layout.shape)
 
 
+def _without_ones(x, axes: str):
+    """An array without its axis g if that is of length one, and its axes."""
+    if x.shape[axes.index("g")] > 1:
+        return x, axes
+    return lax.squeeze(x, [axes.index("g")]), axes.replace("g", "")
+
+
 def _fold(x, stacked: list[int], batch: list[int], lead: int, at: int):
     """Batch axes folded into the axis `at` of an image, stacked ones into one in front, if any."""
     image = list(range(lead, x.ndim))
@@ -415,28 +452,29 @@ def _fold(x, stacked: list[int], batch: list[int], lead: int, at: int):
     return x.transpose(order).reshape(shape)
 
 
-def _patches(x, first: int, eqn):
-    """What a convolution's window sees: (…, *space, feature) to (…, *places, feature, window).
+def _window(eqn) -> list[int]:
+    return [eqn.in_avals[1].shape[d] for d in eqn.params["dimension_numbers"].rhs_spec[2:]]
 
-    `first` is the first axis of space.
+
+def _patches(x, at: int, eqn):
+    """What a convolution's window sees: (…, *space) to (…, *places), with axes of the window.
+
+    These go to `at`. One axis of space is done after the other, and the places stay last, so that
+    long runs of memory are copied.
     """
-    params = eqn.params
-    window = [eqn.in_avals[1].shape[d] for d in params["dimension_numbers"].rhs_spec[2:]]
-    padding = [(0, 0, 0)] * x.ndim
-    for k, (low, high) in enumerate(params["padding"]):
-        padding[first + k] = (low, high, params["lhs_dilation"][k] - 1)
-    x = lax.pad(x, jnp.zeros((), x.dtype), padding)
-    places = [eqn.out_avals[0].shape[d] for d in params["dimension_numbers"].out_spec[2:]]
-    pieces = []
-    for offset in itertools.product(*map(range, window)):
-        start, stop, step = [0] * x.ndim, list(x.shape), [1] * x.ndim
-        for k, place in enumerate(offset):
-            axis, stride = first + k, params["window_strides"][k]
-            start[axis] = place * params["rhs_dilation"][k]
-            stop[axis] = start[axis] + (places[k] - 1) * stride + 1
-            step[axis] = stride
-        pieces.append(lax.slice(x, start, stop, step))
-    return jnp.stack(pieces, axis=-1)
+    params, window = eqn.params, _window(eqn)
+    for k in reversed(range(len(window))):
+        axis = x.ndim - len(window) + k
+        low, high = params["padding"][k]
+        padding = [(0, 0, 0)] * x.ndim
+        padding[axis] = (low, high, params["lhs_dilation"][k] - 1)
+        x = lax.pad(x, jnp.zeros((), x.dtype), padding)
+        places = eqn.out_avals[0].shape[params["dimension_numbers"].out_spec[2 + k]]
+        stride, dilation = params["window_strides"][k], params["rhs_dilation"][k]
+        span = (places - 1) * stride + 1
+        starts = [dilation * offset for offset in range(window[k])]
+        x = jnp.stack([lax.slice_in_dim(x, i, i + span, stride, axis) for i in starts], at)
+    return x
 
 
 _MAKERS = {"dot_general": _product, "gather": _lookup, "conv_general_dilated": _Convolution}

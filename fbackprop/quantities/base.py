@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from fbackprop.columns import LossGradient
 from fbackprop.gradients import Gradients
@@ -20,13 +21,19 @@ class Quantity:
       over: how the results of two pieces of a batch make one: "sum" (they are added), "examples"
         (they have a leading axis of examples and are put in a row), or "pairs" (they cannot be
         joined: `extract` sees the sites of the whole batch at once).
+      other: a second batch (inputs, targets), for a quantity of pairs; its examples' gradients are
+        ``gradients.second``.
       scales: whether the result is proportional to the loss, and so grows with it where the batch's
         loss is a sum.
     """
 
     columns: Callable = LossGradient()
     over: ClassVar[str] = "sum"
+    other: Any = None
     scales: ClassVar[bool] = False
+
+    def __post_init__(self):
+        _ = self.columns  # wrong settings are refused where they are made
 
     @property
     def needs_key(self) -> bool:
@@ -45,7 +52,7 @@ class Quantity:
         """The same of a batch whose loss is `scale` times the mean."""
         if not self.scales:
             return found
-        return jax.tree.map(lambda x: x * scale.astype(x.dtype), found)
+        return jax.tree.map(lambda x: x * jnp.asarray(scale, x.dtype), found)
 
     def finish(self, found: Any) -> Any:
         """The result of the batch, from what was extracted and joined."""

@@ -11,10 +11,6 @@ import jax.numpy as jnp
 from fbackprop.quantities.base import Quantity
 
 
-def _sum(tree):
-    return sum(jax.tree.leaves(tree))
-
-
 def _column(tree):
     """Arrays (N, 1, …) without their axis of columns."""
     return jax.tree.map(lambda x: x[:, 0], tree)
@@ -54,8 +50,7 @@ class ExampleNorms(Quantity):
     over = "examples"
 
     def extract(self, gradients):
-        norms = _column(gradients.norms())
-        return norms if self.per_leaf else _sum(norms)
+        return _column(gradients.norms(self.per_leaf))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +74,7 @@ class ClippedGradient(Quantity):
             raise ValueError(f"max_norm={self.max_norm}: a norm to clip to must be positive")
 
     def extract(self, gradients):
-        norms = gradients.norms()
-        if not self.per_leaf:
-            return gradients.total(self._shares(gradients, _sum(norms)))
+        norms = gradients.norms(self.per_leaf)
         return gradients.total(jax.tree.map(lambda x: self._shares(gradients, x), norms))
 
     def _shares(self, gradients, squared):
@@ -125,7 +118,7 @@ class GradientNoiseScale(Quantity):
     unbiased: bool = False
 
     def extract(self, gradients):
-        norms = _sum(_column(gradients.norms()))
+        norms = _column(gradients.norms())
         shares = gradients.shares.astype(norms.dtype)
         return {"m": jnp.sum(norms * shares), "G": gradients.total(), "shares": jnp.sum(shares**2)}
 
@@ -152,8 +145,8 @@ class ExampleDots(Quantity):
     other: Any = None
     over = "pairs"
 
-    def extract(self, gradients, other=None):
-        return _sum(gradients.dots(other))[:, 0, :, 0]
+    def extract(self, gradients):
+        return gradients.dots(gradients.second)[:, 0, :, 0]
 
 
 @dataclasses.dataclass(frozen=True)

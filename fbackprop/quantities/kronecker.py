@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fbackprop.columns import HessianRoot, Labels, LossGradient
 from fbackprop.kronecker import KroneckerBlock
@@ -49,6 +50,7 @@ class Kronecker(Quantity):
             raise ValueError(f'sharing={self.sharing!r}: choose "expand" or "reduce"')
         if self.label is not None and self.samples is None:
             raise ValueError("label= draws labels: say how many with samples=")
+        super().__post_init__()
 
     @property
     def columns(self) -> Any:
@@ -63,7 +65,7 @@ class Kronecker(Quantity):
 
     def scaled(self, found, scale):
         return jax.tree.map(
-            lambda block: dataclasses.replace(block, b=block.b * scale.astype(block.b.dtype)),
+            lambda block: dataclasses.replace(block, b=block.b * jnp.asarray(scale, block.b.dtype)),
             found,
             is_leaf=lambda x: isinstance(x, KroneckerBlock),
         )

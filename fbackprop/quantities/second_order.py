@@ -168,11 +168,11 @@ class Gram(Quantity):
         return HessianRoot() if self.weighted else Outputs()
 
     def extract(self, gradients):
-        dots = gradients.dots()
-        if self.weighted:
-            root = jnp.sqrt(gradients.shares)
-            dots = jax.tree.map(lambda x: _on_both_sides(x, root), dots)
-        return dots if self.per_leaf else sum(jax.tree.leaves(dots))
+        dots = gradients.dots(per_leaf=self.per_leaf)
+        if not self.weighted:
+            return dots
+        root = jnp.sqrt(gradients.shares)
+        return jax.tree.map(lambda x: _on_both_sides(x, root), dots)
 
 
 def _on_both_sides(x, root):
@@ -193,5 +193,4 @@ class JacobianNorms(Quantity):
     over = "examples"
 
     def extract(self, gradients):
-        norms = gradients.norms()
-        return norms if self.per_leaf else sum(jax.tree.leaves(norms))
+        return gradients.norms(self.per_leaf)

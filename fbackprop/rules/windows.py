@@ -71,6 +71,8 @@ def _window_extremum(select: str, combine, worst: float):
     """Every window's cotangent goes to the first element that attains its extremum."""
 
     def pullback(ct, x, eqn, rules):
+        if _tiles(eqn):
+            return _place_in_tiles(ct, x, eqn, primitive(select))
         if all(d == 1 for d in eqn.params["window_dilation"]):
             return _scatter_to_selected(ct, x, eqn, select)
         # Select-and-scatter knows no dilated windows; in a fold, elements that tie share.
@@ -80,6 +82,47 @@ def _window_extremum(select: str, combine, worst: float):
         return pull_function(rules, fold, [x], [ct])[0]
 
     return pullback
+
+
+def _tiles(eqn) -> bool:
+    """Whether the windows lie side by side, as in most pooling."""
+    p = eqn.params
+    plain = (*p["window_dilation"], *p["base_dilation"])
+    return (
+        p["window_dimensions"] == p["window_strides"]
+        and not any(low or high for low, high in p["padding"])
+        and all(d == 1 for d in plain)
+        and eqn.out_avals[0].size > 0
+    )
+
+
+def _place_in_tiles(ct, x, eqn, select):
+    """Each window's cotangent at the place of its first extremum, which `x` alone decides.
+
+    Elementwise, and so much faster than a scatter; for many cotangents of one `x` (the columns of
+    a Jacobian) the places are found once.
+    """
+    window, shape = eqn.params["window_dimensions"], ct.shape
+    covered = lax.slice(x, (0,) * x.ndim, [n * w for n, w in zip(shape, window, strict=True)])
+    tiled = covered.reshape([k for pair in zip(shape, window, strict=True) for k in pair])
+    counts, places = range(0, 2 * x.ndim, 2), range(1, 2 * x.ndim, 2)
+    tiled = lax.transpose(tiled, [*places, *counts]).reshape(-1, *shape)
+    best, winner = tiled[0], lax.full(shape, 0, np.int32)
+    for k in range(1, len(tiled)):
+        keep = select.bind(best, tiled[k])
+        best, winner = (
+            lax.select(keep, best, tiled[k]),
+            lax.select(keep, winner, lax.full_like(winner, k)),
+        )
+    spread = [k for n, w in zip(shape, window, strict=True) for k in (n, w)]
+    number = np.arange(len(tiled), dtype=np.int32).reshape(window)
+    number = lax.broadcast_in_dim(number, spread, tuple(places))
+    found = lax.broadcast_in_dim(winner, spread, tuple(counts)) == number
+    placed = lax.select(
+        found, lax.broadcast_in_dim(ct, spread, tuple(counts)), lax.full(spread, 0, ct.dtype)
+    )
+    rest = [(0, n - m, 0) for n, m in zip(x.shape, covered.shape, strict=True)]
+    return lax.pad(placed.reshape(covered.shape), lax.full_like(ct, 0, shape=()), rest)
 
 
 def _scatter_to_selected(ct, x, eqn, select: str):

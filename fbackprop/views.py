@@ -1,0 +1,138 @@
+"""Where in memory a weight lies: whether it rearranges a parameter, and which of its elements.
+
+Layout operations on a parameter are run once on a NumPy array that stands for it: NumPy returns
+views, and knows which elements they share. The array's contents are never touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fbackprop.passes import activity
+from fbackprop.program import Program, Var
+from fbackprop.sites import Layout
+from fbackprop.table import Rules
+
+View = np.ndarray
+
+
+def _reshaped(view: View, shape) -> View | None:
+    out = view.reshape(shape)
+    return out if out.size == 0 or np.may_share_memory(out, view) else None
+
+
+def _sliced(view: View, params) -> View:
+    strides = params["strides"] or (1,) * view.ndim
+    bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    return view[tuple(slice(*bound) for bound in bounds)]
+
+
+def _broadcast(view: View, params) -> View | None:
+    """Only new axes of length one leave it a rearrangement."""
+    same = math.prod(params["shape"]) == view.size
+    return _reshaped(view, params["shape"]) if same else None
+
+
+def _split(view: View, params) -> list[View]:
+    ends = np.cumsum(params["sizes"])[:-1]
+    return np.split(view, ends, axis=params["axis"])
+
+
+LAYOUTS: dict[str, Callable] = {
+    "transpose": lambda view, params: view.transpose(params["permutation"]),
+    "reshape": lambda view, params: _reshaped(view, params["new_sizes"]),
+    "squeeze": lambda view, params: view.squeeze(tuple(params["dimensions"])),
+    "expand_dims": lambda view, params: np.expand_dims(view, tuple(params["dimensions"])),
+    "broadcast_in_dim": _broadcast,
+    "slice": _sliced,
+    "split": _split,
+    "rev": lambda view, params: np.flip(view, tuple(params["dimensions"])),
+    "copy": lambda view, params: view,
+    "convert_element_type": lambda view, params: view,
+}
+
+
+class Origin(NamedTuple):
+    """Where a weight comes from.
+
+    Attributes:
+      leaves: the parameters that it moves with.
+      view: where it lies in the one parameter that it rearranges; None if it is computed.
+    """
+
+    leaves: frozenset[int]
+    view: View | None
+
+
+def origins(program: Program, rules: Rules, moving: tuple[bool, ...]):
+    """The origin of each output of a program of parameters, and the arrays that stand for these."""
+    flow = activity(program, rules, moving)
+    inputs = [(i, v) for i, (v, m) in enumerate(zip(program.inputs, moving, strict=True)) if m]
+    leaves = {i: np.empty(v.aval.shape, np.int8) for i, v in inputs}
+    known = {v: Origin(frozenset([i]), leaves[i]) for i, v in inputs}
+    for eqn in program.equations:
+        found = [known[v] for v in eqn.inputs if isinstance(v, Var) and v in known]
+        if not found:
+            continue
+        behind = frozenset().union(*(origin.leaves for origin in found))
+        layout = LAYOUTS.get(eqn.primitive.name)
+        views: Any = None
+        if layout and found[0].view is not None and isinstance(eqn.inputs[0], Var):
+            views = layout(found[0].view, eqn.params)
+        views = views if isinstance(views, list) else [views] * len(eqn.outputs)
+        for v, view in zip(eqn.outputs, views, strict=True):
+            if v in flow.variables:
+                # A leaf has the gradients of its rearrangements, but not of one made complex.
+                is_complex = jnp.issubdtype(v.aval.dtype, jnp.complexfloating)
+                known[v] = Origin(behind, None if is_complex else view)
+    nowhere = Origin(frozenset(), None)
+    outs = [known.get(v, nowhere) if isinstance(v, Var) else nowhere for v in program.outputs]
+    return outs, leaves
+
+
+Run = tuple[tuple[int, int], ...]  # sizes and strides
+
+
+class Memory(NamedTuple):
+    """The memory that a weight's axes (g, i, o) run over; equal for equal arrangements."""
+
+    pointer: int
+    g: Run
+    i: Run
+    o: Run
+
+    @property
+    def exchanged(self) -> Memory:
+        """That of the transpose."""
+        return Memory(self.pointer, self.g, self.o, self.i)
+
+
+def memory(view: View, layout: Layout) -> Memory | None:
+    """The memory of a weight; None where its axes are not regular enough to say."""
+    split = _reshaped(view, layout.split)
+    if split is None:
+        return None
+    runs = []
+    for group in layout.groups:
+        run: list[tuple[int, int]] = []
+        for size, stride in ((split.shape[k], split.strides[k]) for k in group):
+            if size == 1:
+                continue
+            if run and run[-1][1] == stride * size:
+                run[-1] = (run[-1][0] * size, stride)
+            else:
+                run.append((size, stride))
+        runs.append(tuple(run))
+    return Memory(view.__array_interface__["data"][0], *runs)
+
+
+def share(a: View, b: View) -> bool:
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True

@@ -1,0 +1,291 @@
+"""The sweep itself: batches in pieces, weights, keys, JAX's transformations, wrong arguments."""
+
+import jax
+import jax.numpy as jnp
+import naive
+import numpy as np
+import pytest
+import zoo
+from naive import assert_close
+
+import fbackprop as fb
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    with jax.enable_x64(True):
+        yield
+
+
+FIRST = {
+    "gradient": fb.Gradient(),
+    "each": fb.ExampleGradients(),
+    "clipped": fb.ClippedGradient(0.5),
+    "variance": fb.Variance(),
+    "noise": fb.GradientNoiseScale(),
+    "dots": fb.ExampleDots(),
+}
+SECOND = {
+    "diagonal": fb.GGNDiagonal(),
+    "gram": fb.Gram(weighted=True),
+    "kron": fb.Kronecker(),
+    "sampled": fb.GGNDiagonal(2),
+}
+
+
+def case():
+    return zoo.CASES["scanned_transformer"](jax.random.key(0))
+
+
+def swept(of, chunk=None, **quantities):
+    run = fb.sweep(of.model, of.loss, chunk=chunk, **(quantities or FIRST | SECOND))
+    return jax.jit(run)(of.params, of.batch, key=jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    with jax.enable_x64(True):
+        return swept(case())
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 9])
+def test_pieces_make_the_whole(whole, chunk):
+    assert_close(swept(case(), chunk), whole, 1e-12)
+
+
+def test_other_quantities_do_not_change_the_draws(whole):
+    alone = swept(case(), sampled=SECOND["sampled"])
+    assert_close(alone["sampled"], whole["sampled"], 1e-12)
+
+
+def test_a_permuted_batch_permutes(whole):
+    of, order = case(), jnp.array([2, 0, 3, 1])
+    permuted = of._replace(batch=jax.tree.map(lambda x: x[order], of.batch))
+    found = swept(permuted, **FIRST)
+    assert_close(found["gradient"], whole["gradient"], 1e-12)
+    assert_close(found["each"], jax.tree.map(lambda x: x[order], whole["each"]), 1e-12)
+    assert_close(found["dots"], whole["dots"][order][:, order], 1e-12)
+
+
+def test_a_weight_of_zero_leaves_an_example_out():
+    of = case()
+    weights = jnp.array([2.0, 0.0, 2.0, 2.0])
+    keep = jnp.array([0, 2, 3])
+    fewer = of._replace(batch=jax.tree.map(lambda x: x[keep], of.batch))
+    quantities = {k: q for k, q in (FIRST | SECOND).items() if k not in ("sampled", "gram")}
+    run = jax.jit(fb.sweep(of.model, of.loss, **quantities))
+    found, expected = run(of.params, of.batch, weights=weights), run(of.params, fewer.batch)
+    for name in ("loss", "gradient", "clipped", "variance", "noise", "diagonal", "kron"):
+        assert_close(found[name], expected[name], 1e-12)
+    assert len(found["dots"]) == 4  # examples' own quantities are not weighted
+
+
+def test_a_summed_loss_sums_gradient_and_curvature(whole):
+    of = case()
+    weights = jnp.array([1.0, 3.0, 0.5, 2.0])
+    quantities = FIRST | {k: SECOND[k] for k in ("diagonal", "gram", "kron")}
+    run = {r: fb.sweep(of.model, of.loss, reduction=r, **quantities) for r in ("sum", "mean")}
+    total, mean = (jax.jit(run[r])(of.params, of.batch, weights=weights) for r in ("sum", "mean"))
+    for name in ("loss", "gradient", "diagonal", "gram"):
+        times = jax.tree.map(lambda x: x * 6.5, mean[name])
+        assert_close(total[name], times, 1e-12)
+    for name in ("each", "clipped", "variance", "dots"):
+        assert_close(total[name], mean[name], 1e-12)
+    blocks = zip(*(jax.tree.leaves(x["kron"], is_leaf=_is_block) for x in (total, mean)), strict=True)
+    for a, b in blocks:
+        assert_close(a.dense(), 6.5 * b.dense(), 1e-12)
+
+
+def _is_block(x):
+    return isinstance(x, fb.KroneckerBlock)
+
+
+def test_the_sweep_maps_over_parameters_and_batches(whole):
+    of = case()
+    run = fb.sweep(of.model, of.loss, norms=fb.ExampleNorms(), diagonal=fb.GGNDiagonal())
+    scales = jnp.array([1.0, 0.7])
+    ensemble = jax.tree.map(lambda p: jnp.stack([p * s for s in scales]), of.params)
+    found = jax.jit(jax.vmap(run, (0, None)))(ensemble, of.batch)
+    for k, s in enumerate(scales):
+        one = run(jax.tree.map(lambda p, s=s: p * s, of.params), of.batch)
+        assert_close(jax.tree.map(lambda x, k=k: x[k], found), one, 1e-12)
+
+
+def test_a_quantity_can_be_differentiated():
+    """The gradient of a norm: a Hessian-vector product."""
+    of = zoo.CASES["mlp"](jax.random.key(0))
+    norm = fb.sweep(of.model, of.loss, norms=fb.ExampleNorms())
+
+    def ours(params):
+        return norm(params, of.batch)["norms"].sum()
+
+    def theirs(params):
+        g = naive.example_gradients(of._replace(params=params))
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(g))
+
+    assert_close(jax.grad(ours)(of.params), jax.grad(theirs)(of.params))
+    assert_close(fb.grad(ours)(of.params), jax.grad(theirs)(of.params))
+
+
+def test_without_jit_and_with_bare_arrays():
+    def model(w, x):
+        return jnp.tanh(w @ x)
+
+    w, x, y = jnp.array([[0.5, -1.0]]), np.array([[1.0, 2.0], [0.0, 1.0]]), np.zeros((2, 1))
+    found = fb.sweep(model, fb.losses.squared_error, each=fb.ExampleGradients())(w, (x, y))
+    expected = jax.vmap(jax.grad(lambda w, x, y: fb.losses.squared_error(model(w, x), y)), (None, 0, 0))
+    assert_close(found["each"], expected(w, x, y))
+
+
+def test_single_precision_stays_single():
+    with jax.enable_x64(False):
+        of = zoo.CASES["transformer"](jax.random.key(0))
+        found = swept(of, **(FIRST | SECOND))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+            assert leaf.dtype == jnp.float32, path
+
+
+def test_half_precision_sums_its_squares_in_single():
+    def model(w, x):
+        return x @ w
+
+    w, x = jnp.ones((64, 4), jnp.bfloat16), jnp.full((3, 64), 0.1, jnp.bfloat16)
+    loss = fb.losses.squared_error
+    run = fb.sweep(model, loss, gradient=fb.Gradient(), norms=fb.ExampleNorms())
+    found = run(w, (x, jnp.zeros((3, 4), jnp.bfloat16)))
+    assert found["gradient"].dtype == jnp.bfloat16 and found["norms"].dtype == jnp.float32
+    exact = run(w.astype(float), (x.astype(float), jnp.zeros((3, 4))))["norms"]
+    np.testing.assert_allclose(found["norms"], exact, rtol=0.02)
+
+
+# --- random models, further inputs ----------------------------------------------------------------
+
+
+def dropout(params, x, mask, *, key):
+    keep = jax.random.bernoulli(key, 0.5, x.shape)
+    return (x * keep * mask) @ params
+
+
+def test_each_example_has_its_own_key_and_further_inputs():
+    keys = jax.random.split(jax.random.key(0), 3)
+    w = jax.random.normal(keys[0], (6, 2))
+    x, mask = jax.random.normal(keys[1], (5, 6)), jax.random.bernoulli(keys[2], 0.8, (5, 6))
+    y = jnp.ones((5, 2))
+    quantities = {"each": fb.ExampleGradients(), "gradient": fb.Gradient()}
+    for chunk in (None, 2):
+        run = fb.sweep(dropout, fb.losses.squared_error, chunk=chunk, **quantities)
+        found = jax.jit(run)(w, (x, y), mask, key=jax.random.key(7))
+        assert_close(jnp.mean(found["each"], axis=0), found["gradient"])
+        active = found["each"].any(axis=2)
+        assert not (active & ~mask).any()  # masked inputs have no gradient
+        assert len({tuple(row.tolist()) for row in active}) > 1  # and each example its own dropout
+        if chunk is None:
+            expected = found
+    assert_close(found, expected)
+
+
+# --- wrong arguments ------------------------------------------------------------------------------
+
+
+def linear(w, x):
+    return w @ x
+
+
+W, X, Y = np.ones((2, 3)), np.ones((4, 3)), np.ones((4, 2))
+SQUARED = fb.losses.squared_error
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "words"),
+    [
+        (lambda: fb.sweep(None, SQUARED), TypeError, "model"),
+        (lambda: fb.sweep(linear, 3), TypeError, "loss"),
+        (lambda: fb.sweep(linear, SQUARED, reduction="average"), ValueError, "mean"),
+        (lambda: fb.sweep(linear, SQUARED, chunk=0), ValueError, "chunk=0"),
+        (lambda: fb.sweep(linear, SQUARED, chunk=1.5), ValueError, "chunk"),
+        (lambda: fb.sweep(linear, SQUARED, loss=fb.Gradient()), TypeError, "loss"),
+        (lambda: fb.sweep(linear, SQUARED, g=fb.Gradient), TypeError, "fb.Gradient()"),
+        (lambda: fb.ClippedGradient(0.0), ValueError, "max_norm"),
+        (lambda: fb.Kronecker(sharing="both"), ValueError, "reduce"),
+        (lambda: fb.Kronecker(label="model"), ValueError, "samples"),
+        (lambda: fb.GGNDiagonal(0), ValueError, "samples"),
+        (lambda: fb.GGNDiagonal(1.5), ValueError, "samples"),
+        (lambda: fb.FisherDiagonal(0), ValueError, "samples"),
+    ],
+)
+def test_wrong_settings_are_refused(build, error, words):
+    with pytest.raises(error, match=words.replace("(", r"\(").replace(")", r"\)")) as raised:
+        build()
+    assert "\n" not in str(raised.value)
+
+
+def _raised(run, *args, error=ValueError, **kwargs) -> str:
+    with pytest.raises(error) as raised:
+        run(*args, **kwargs)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_wrong_batches_are_refused():
+    run = fb.sweep(linear, SQUARED, norms=fb.ExampleNorms())
+    assert "pair" in _raised(run, W, X)
+    assert "pair" in _raised(run, W, (X, Y, Y))
+    assert "inputs: 4, targets: 3" in _raised(run, W, (X, Y[:3]))
+    assert "empty" in _raised(run, W, (X[:0], Y[:0]))
+    assert "scalar" in _raised(run, W, (X, 1.0))
+    assert "weights" in _raised(run, W, (X, Y), weights=np.ones((4, 1)))
+    assert "weights: 3" in _raised(run, W, (X, Y), weights=np.ones(3))
+    assert "zero" in _raised(run, W, (X, Y), weights=np.zeros(4))
+    assert "negative" in _raised(run, W, (X, Y), weights=np.array([1.0, -1.0, 1.0, 1.0]))
+
+
+def test_wrong_parameters_are_refused():
+    run = fb.sweep(linear, SQUARED, norms=fb.ExampleNorms())
+    assert "complex" in _raised(run, W + 1j, (X, Y), error=TypeError)
+    named = fb.sweep(lambda p, x: p["w"] @ x, SQUARED, norms=fb.ExampleNorms())
+    assert "['name']" in _raised(named, {"w": W, "name": "dense"}, (X, Y), error=TypeError)
+    keyed = {"w": W, "key": jax.random.key(0)}
+    assert "['key']" in _raised(named, keyed, (X, Y), error=TypeError)
+
+
+def test_a_loss_must_be_a_scalar():
+    run = fb.sweep(linear, lambda z, y: (z - y) ** 2, gradient=fb.Gradient())
+    assert "(2,)" in _raised(run, W, (X, Y))
+
+
+def test_missing_keys_are_named():
+    run = fb.sweep(linear, SQUARED, draws=fb.GGNDiagonal(1))
+    assert "'draws'" in _raised(run, W, (X, Y))
+    run = fb.sweep(lambda w, x, key: w @ x, SQUARED, gradient=fb.Gradient())
+    assert "model takes a key" in _raised(run, W, (X, Y))
+
+
+def test_strict_refuses_what_has_no_rule():
+    from jax.extend.core import Primitive
+    from jax.interpreters import ad, batching, mlir
+
+    twice = Primitive("twice_of_test_sweep")
+    twice.def_impl(lambda x: 2 * x)
+    twice.def_abstract_eval(lambda x: x)
+    ad.deflinear(twice, lambda ct: [2 * ct])
+    batching.defvectorized(twice)
+    mlir.register_lowering(twice, mlir.lower_fun(lambda x: 2 * x, multiple_results=False))
+
+    def model(w, x):
+        return twice.bind(w @ x)
+
+    batch = (X, Y)
+    found = fb.sweep(model, SQUARED, gradient=fb.Gradient())(W, batch)["gradient"]
+    expected = fb.sweep(lambda w, x: 2 * (w @ x), SQUARED, gradient=fb.Gradient())(W, batch)
+    assert_close(found, expected["gradient"])
+    with pytest.raises(fb.MissingRule, match="twice_of_test_sweep"):
+        fb.sweep(model, SQUARED, strict=True, gradient=fb.Gradient())(W, batch)
+
+
+def test_parameters_without_gradients():
+    """Nothing to differentiate: zeros of the right shapes."""
+    run = fb.sweep(lambda p, x: x, SQUARED, norms=fb.ExampleNorms(), dots=fb.ExampleDots())
+    found = run({}, (X, np.ones((4, 3))))
+    assert found["norms"].shape == (4,) and found["dots"].shape == (4, 4)
+    run = fb.sweep(lambda p, x: x + p["e"].sum(), SQUARED, **(FIRST | {"k": fb.Kronecker()}))
+    assert run({"e": jnp.zeros(0)}, (X, np.ones((4, 3))))["gradient"]["e"].shape == (0,)
