@@ -270,8 +270,8 @@ def _source(program: Program, part: Separation, rules: Rules, moving: tuple[bool
     rest = [None] * (len(program.inputs) - n)
     first = trace(lambda *params: part.prepare([*params, *rest]), program.in_avals[:n])
     first = inlined(first)
-    places = origins(first, rules, moving)
-    return Source(first, rules, moving, *places, part.depth, part.loose)
+    of_weights, of_leaves = origins(first, rules, moving)
+    return Source(first, rules, moving, of_weights, of_leaves, part.depth, part.loose)
 
 
 def source_of(part: Separation, n_params: int) -> Source:

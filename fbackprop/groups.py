@@ -92,7 +92,7 @@ class Group:
         if len(self.members) == 1:
             site = self.members[0].site
             if isinstance(site.a, OneHot):
-                return self.layout.restore(_squares_of_lookups(site, shares))
+                return self.layout.restore(_squares_of_lookups(site.a, site.b, shares))
             if site.places == 1:
                 a2, b2 = wide(site.a.x) ** 2, over_columns(wide(site.b) ** 2, shares)
                 squares = contract(site.a.term(f="i") + ",ntgo->gio", a2, b2)
@@ -194,12 +194,12 @@ def _examples(a: Dense | OneHot, first, size: int) -> Dense | OneHot:
     return Dense(lax.dynamic_slice_in_dim(a.x, first, size, a.axes.index("n")), a.axes)
 
 
-def _squares_of_lookups(site: Site, shares):
+def _squares_of_lookups(a: OneHot, b, shares):
     """Places of one row add up before they are squared; each of them then counts its part."""
-    same = inner(site.a, site.a)
-    sums = contract("nztug,ncugo->nctgo", same, wide(site.b))
+    same = inner(a, a)
+    sums = contract("nztug,ncugo->nctgo", same, wide(b))
     parts = jnp.maximum(jnp.sum(same, axis=3), 1)[..., None]
-    return scatter(site.a, over_columns(sums**2 / parts, shares))
+    return scatter(a, over_columns(sums**2 / parts, shares))
 
 
 # --- gradients that are formed --------------------------------------------------------------------

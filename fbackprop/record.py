@@ -381,6 +381,20 @@ def _branch(k: int, steps: tuple[Step, ...], source: str) -> Step:
     return Step((), (), (), (), steps, "branch", str(k), source, ())
 
 
+def named_signals(tapping: Plan, notes: Sequence, cotangents: Sequence) -> dict[str, jax.Array]:
+    """The error signals of named values, from the leaves of what a program tapped there notes.
+
+    Args:
+      tapping: a plan made with `is_named`.
+      notes: the further outputs of its program.
+      cotangents: of the further inputs; None stands for zero.
+    """
+    structure = jax.tree.structure(jax.eval_shape(tapping.nudges))
+    met = jax.tree.unflatten(structure, cotangents)
+    steps = _steps(tapping, jax.tree.unflatten(tapping.traced[1], notes), met)
+    return Record(None, (), steps).signals
+
+
 # --- named values --------------------------------------------------------------------------------
 
 

@@ -278,14 +278,14 @@ class Separation:
         env.update(zip(self.program.inputs, values, strict=True))
         mine = dict(zip(self.weights, weights, strict=True))
         env.update({v: w.nudged for v, w in mine.items() if isinstance(v, Var)})
-        nudges = iter(nudges)
+        remaining = iter(nudges)
         seen: list = []
         at = {use.eqn: use for use in self.uses if not use.loops}
         for eqn in self._rest:
             if eqn in self._inner:
                 inner = self._inner[eqn]
                 operands = [env.get(v) if self.is_param(v) else read(env, v) for v in eqn.inputs]
-                pieces = list(itertools.islice(nudges, len(inner.uses)))
+                pieces = list(itertools.islice(remaining, len(inner.uses)))
                 outs, met = inner.meet([mine[key] for key in inner.keys], operands, pieces)
                 seen += met
             elif eqn in at:
@@ -293,7 +293,7 @@ class Separation:
                 operands = [read(env, v) for v in eqn.inputs]
                 operands[use.operand] = mine[eqn.inputs[use.operand]].plain
                 (out,) = eqn.bind(*operands)
-                outs = [TAP.bind(out, next(nudges))]
+                outs = [TAP.bind(out, next(remaining))]
                 seen.append(operands[1 - use.operand])
             else:
                 outs = eqn.bind(*(read(env, v) for v in eqn.inputs))
@@ -401,7 +401,7 @@ class _Branches(_Inner):
         self.adopted = [self._adopt(part, eqn.inputs[1:]) for part in self.parts]
 
     def prepare(self, operands):
-        weights = {}
+        weights: dict[int, Any] = {}
         for part, (_, own) in zip(self.parts, self.adopted, strict=True):
             values = part.prepare(operands[1:], list(own))
             weights.update(zip(own.values(), values, strict=True))

@@ -45,13 +45,13 @@ def contract(axes: str, *operands):
             sizes[axis] = sizes.get(axis, 1) if size == 1 else size
     for k, x in enumerate(operands):
         terms[k] = "".join(a for a, size in zip(terms[k], x.shape, strict=True) if size != 1)
-    operands = [x.reshape([n for n in x.shape if n != 1]) for x in operands]
+    arrays = [x.reshape([n for n in x.shape if n != 1]) for x in operands]
     terms.append("".join(a for a in out if any(a in term for term in terms)))
     shape = [sizes[a] if a in terms[-1] else 1 for a in out]
     while pair := _inseparable(terms):
-        operands = [_merged(x, term.find(pair)) for x, term in zip(operands, terms, strict=False)]
+        arrays = [_merged(x, term.find(pair)) for x, term in zip(arrays, terms, strict=False)]
         terms = [term.replace(pair, pair[0]) for term in terms]
-    return jnp.einsum(",".join(terms[:-1]) + "->" + terms[-1], *operands).reshape(shape)
+    return jnp.einsum(",".join(terms[:-1]) + "->" + terms[-1], *arrays).reshape(shape)
 
 
 def _inseparable(terms: list[str]) -> str | None:
@@ -133,12 +133,13 @@ def inner(p: Dense | OneHot, q: Dense | OneHot):
     if isinstance(p, OneHot) and isinstance(q, OneHot):
         same = p.indices[:, :, :, None] == q.indices[:, :, None]
         return (same & (p.indices < p.size)[:, :, :, None]).astype(jnp.float32)
-    if isinstance(p, OneHot):
+    if isinstance(p, OneHot) and isinstance(q, Dense):
         at = p.indices.transpose(0, 1, 3, 2)[:, :, None]  # (n, 1, 1, g, t)
         found = jnp.take_along_axis(wide(q.ordered()), at, axis=-1, mode="fill", fill_value=0)
         return found.transpose(0, 1, 4, 2, 3)
     if isinstance(q, OneHot):
         return inner(q, p).transpose(0, 1, 3, 2, 4)
+    assert isinstance(p, Dense)
     if p.places == q.places == 1:
         return jnp.sum(wide(p.ordered()) * wide(q.ordered()), axis=-1)[:, :, :, None]
     return contract(f"{p.term()},{q.term(t='u')}->nctug", wide(p.x), wide(q.x))
@@ -150,7 +151,7 @@ def inner_all(p: Dense | OneHot, q: Dense | OneHot):
         first = p.indices[:, :, :, None, None, None]
         same = (first == q.indices[None, None, None]) & (first < p.size)
         return same.astype(jnp.float32)
-    if isinstance(p, OneHot):
+    if isinstance(p, OneHot) and isinstance(q, Dense):
         n, _, t, g = p.indices.shape
         at = p.indices.reshape(n * t, g)
         take = functools.partial(jnp.take, axis=-1, mode="fill", fill_value=0)
@@ -161,6 +162,7 @@ def inner_all(p: Dense | OneHot, q: Dense | OneHot):
         return found.transpose(4, 5, 6, 1, 2, 3, 0)
     if isinstance(q, OneHot):
         return inner_all(q, p).transpose(3, 4, 5, 0, 1, 2, 6)
+    assert isinstance(p, Dense)
     other = q.term(n="m", c="d", t="u")
     return contract(f"{p.term()},{other}->nctmdug", wide(p.x), wide(q.x))
 
@@ -214,7 +216,11 @@ class Site:
     met: Any = None
 
     def __init__(self, a: Dense | OneHot, b, layout: Layout):
-        self.a, self.b, self.layout = a, b, layout
+        self._a, self.b, self.layout = a, b, layout
+
+    @property
+    def a(self) -> Dense | OneHot:
+        return self._a
 
     @property
     def places(self) -> int:
@@ -361,7 +367,7 @@ class _Convolution(Site):
     """Of a convolution's kernel: activations are patches, cut out only for what needs them."""
 
     def __init__(self, use: Use, met, signals, weight_shape):
-        self.use, self.met, self.signals = use, met, signals  # for what is computed when asked
+        self._use, self.met, self.signals = use, met, signals  # for what is computed when asked
         eqn = use.eqn
         numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
         shared, stacked = _loops(use)
@@ -396,8 +402,8 @@ class _Convolution(Site):
         return self._patches(examples_first=False)
 
     def _patches(self, examples_first: bool) -> Dense:
-        eqn, (shared, stacked) = self.use.eqn, _loops(self.use)
-        image = [1 + len(self.use.loops) + d for d in eqn.params["dimension_numbers"].lhs_spec]
+        eqn, (shared, stacked) = self._use.eqn, _loops(self._use)
+        image = [1 + len(self._use.loops) + d for d in eqn.params["dimension_numbers"].lhs_spec]
         batch, feature, *space = image
         stacked, shared = [1 + i for i in stacked], [1 + i for i in shared]
         lead = [0, *stacked] if examples_first else stacked
@@ -416,10 +422,10 @@ class _Convolution(Site):
 
     def total(self, shares):
         """By the convolution's own backward rule on the whole batch: no patches."""
-        eqn = self.use.eqn
-        lead = 1 + len(self.use.loops)
+        eqn = self._use.eqn
+        lead = 1 + len(self._use.loops)
         ct = over_columns(self.signals, shares)
-        shared, stacked = _loops(self.use)
+        shared, stacked = _loops(self._use)
         numbers = eqn.params["dimension_numbers"]
         at_x, at_out = numbers.lhs_spec[0], numbers.out_spec[0]
         x = _fold(self.met, [1 + i for i in stacked], [0, *(1 + i for i in shared)], lead, at_x)

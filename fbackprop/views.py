@@ -133,6 +133,6 @@ def memory(view: View, layout: Layout) -> Memory | None:
 
 def share(a: View, b: View) -> bool:
     try:
-        return np.shares_memory(a, b, max_work=100_000)
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True

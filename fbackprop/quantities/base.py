@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -23,14 +22,25 @@ class Quantity:
         joined: `extract` sees the sites of the whole batch at once).
       other: a second batch (inputs, targets), for a quantity of pairs; its examples' gradients are
         ``gradients.second``.
+      names: whether it reads `gradients.signals`, the error signals of named values.
       scales: whether the result is proportional to the loss, and so grows with it where the batch's
         loss is a sum.
     """
 
-    columns: Callable = LossGradient()
-    over: ClassVar[str] = "sum"
+    names: ClassVar[bool] = False
     other: Any = None
-    scales: ClassVar[bool] = False
+
+    @property
+    def columns(self) -> Any:
+        return LossGradient()
+
+    @property
+    def over(self) -> str:
+        return "sum"
+
+    @property
+    def scales(self) -> bool:
+        return False
 
     def __post_init__(self):
         _ = self.columns  # wrong settings are refused where they are made

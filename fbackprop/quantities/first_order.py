@@ -151,9 +151,14 @@ class ExampleDots(Quantity):
 
 @dataclasses.dataclass(frozen=True)
 class ErrorSignals(Quantity):
-    """Error signals ∂ℓₙ/∂v of the values named with `checkpoint_name`, a dict of (N, *value)."""
+    r"""Error signals $\partial\ell_n/\partial v$ of named values, a dict of arrays (N, *value).
+
+    Values that depend on the example are named with `jax.ad_checkpoint.checkpoint_name`; for names
+    in loops, and names that occur several times, see `fbackprop.error_signals`.
+    """
 
     over = "examples"
+    names = True
 
     def extract(self, gradients):
         return _column(gradients.signals)

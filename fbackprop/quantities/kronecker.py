@@ -56,8 +56,8 @@ class Kronecker(Quantity):
     def columns(self) -> Any:
         if self.empirical:
             return LossGradient()
-        if self.label is not None:
-            return Labels(self.samples, None if self.label == "model" else self.label)
+        if self.label is not None and self.samples is not None:
+            return Labels(self.samples, self.label if callable(self.label) else None)
         return HessianRoot(self.samples)
 
     def extract(self, gradients):

@@ -47,7 +47,9 @@ class _Diagonal(Quantity):
 
 @dataclasses.dataclass(frozen=True)
 class GGNDiagonal(_Diagonal):
-    r"""Diagonal of the Gauss-Newton matrix, $\frac1N \sum_{nc} (J_n^T s_{nc})^2$, like the parameters.
+    r"""Diagonal of the Gauss-Newton matrix, a pytree like the parameters.
+
+    $$\frac1N \sum_{nc} (J_n^T s_{nc})^2$$
 
     Attributes:
       samples: None for all columns $s_{nc}$ of a root of the loss's Hessian, which is exact; else
@@ -65,7 +67,9 @@ class GGNDiagonal(_Diagonal):
 
 @dataclasses.dataclass(frozen=True)
 class FisherDiagonal(_Diagonal):
-    r"""Diagonal of the Fisher information, $\frac1N \sum_n E_{y \sim p(y|x_n)} (\partial\ell_n/\partial\theta)^2$.
+    r"""Diagonal of the Fisher information, a pytree like the parameters.
+
+    $$\frac1N \sum_n E_{y \sim p(y|x_n)} \Bigl(\frac{\partial\ell_n}{\partial\theta}\Bigr)^2$$
 
     The loss is taken for a negative log-likelihood. With labels drawn from the model this is an
     unbiased estimate; with the data's own labels it is the "empirical Fisher", which is not
@@ -141,9 +145,11 @@ class GGNBlock(Quantity):
 
 @dataclasses.dataclass(frozen=True)
 class Gram(Quantity):
-    r"""Inner products of the Jacobian's rows, $\langle \partial z_{nc}/\partial\theta, \partial z_{md}/\partial\theta \rangle$.
+    r"""Inner products of the Jacobian's rows, (N, C, N, C).
 
-    Shape (N, C, N, C): the empirical neural tangent kernel (Jacot, Gabriel and Hongler 2018), for
+    $$\langle \partial z_{nc}/\partial\theta, \partial z_{md}/\partial\theta \rangle$$
+
+    This is the empirical neural tangent kernel (Jacot, Gabriel and Hongler 2018), for
     C elements of the flattened prediction. The Jacobian is not formed.
 
     Attributes:
@@ -177,12 +183,14 @@ class Gram(Quantity):
 
 def _on_both_sides(x, root):
     root = root.astype(x.dtype)
-    return x * root[:, None, None, None] * root[:, None]
+    return x * root[:, None, None, None] * root[None, None, :, None]
 
 
 @dataclasses.dataclass(frozen=True)
 class JacobianNorms(Quantity):
-    r"""Squared norms $\lVert \partial z_{nc}/\partial\theta \rVert^2$ of the Jacobian's rows, (N, C).
+    r"""Squared norms of the Jacobian's rows, (N, C).
+
+    $$\lVert \partial z_{nc}/\partial\theta \rVert^2$$
 
     Attributes:
       per_leaf: whether to return a pytree like the parameters, each leaf's norms for itself.

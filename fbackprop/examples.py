@@ -1,0 +1,88 @@
+"""A batch of examples, checked."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fbackprop.program import has_value, type_of
+
+
+class Examples(NamedTuple):
+    """Examples with a leading axis.
+
+    Attributes:
+      inputs: of the model, a tuple of pytrees; its key, if it takes one, comes last.
+      target: of the loss.
+      key: for columns that are drawn.
+      shares: (N,), what each example counts in the mean.
+    """
+
+    inputs: tuple
+    target: Any
+    key: Any
+    shares: Any
+
+
+def examples_of(batch, further, weights, key, takes_key: bool, like=None) -> Examples:
+    """A batch, checked; `like` are the inputs of another whose examples it must resemble."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        many = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise ValueError(
+            f"a batch must be a pair (inputs, targets), but it is a {type(batch).__name__}{many}"
+        )
+    x, y = batch
+    n = length((x, y, *further), weights)
+    keys = (None, None) if key is None else [jax.random.split(k, n) for k in jax.random.split(key)]
+    inputs = (x, *further, keys[0]) if takes_key else (x, *further)
+    if like is not None and one_of(inputs) != one_of(like):
+        raise ValueError(
+            f"an example of the second batch is {one_of(inputs)}, but one of the batch is "
+            f"{one_of(like)}: both must be of the same shapes"
+        )
+    weights = jnp.ones(n) if weights is None else jnp.asarray(weights, float)
+    return Examples(inputs, y, keys[1], weights / jnp.sum(weights))
+
+
+def one_of(inputs):
+    """The types of one example's inputs."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], type_of(x).dtype), inputs)
+
+
+def total_weight(weights, n: int):
+    return float(n) if weights is None else jnp.sum(jnp.asarray(weights, float))
+
+
+def length(trees, weights) -> int:
+    """N, the length of every leading axis."""
+    sizes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
+        shape = jnp.shape(leaf)
+        k = path[0].idx
+        name = ("inputs", "targets")[k] if k < 2 else f"further inputs {k - 1}"
+        name += jax.tree_util.keystr(path[1:])
+        if not shape:
+            raise ValueError(f"the {name} have no axis of examples: they are a scalar")
+        sizes[name] = shape[0]
+    if weights is not None:
+        _check_weights(weights)
+        sizes["weights"] = jnp.shape(weights)[0]
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        raise ValueError(f"the leading axes of a batch must be of one length, but are {said}")
+    if not sizes or 0 in sizes.values():
+        raise ValueError("the batch is empty: it must hold at least one example")
+    return next(iter(sizes.values()))
+
+
+def _check_weights(weights) -> None:
+    if jnp.ndim(weights) != 1:
+        raise ValueError(f"weights must have shape (N,), but have {jnp.shape(weights)}")
+    if has_value(weights):
+        if np.any(np.asarray(weights) < 0):
+            raise ValueError("weights must not be negative: an example counts as much as it weighs")
+        if not np.any(np.asarray(weights)):
+            raise ValueError("all weights are zero: at least one example must count")
