@@ -266,10 +266,14 @@ def _jacobian(problem: Problem, params, batch):
 class _Columns(fb.Quantity):
     """The gradients that a curvature's columns are sent back to, (N, C, *leaf)."""
 
-    columns: Callable
+    sent: Callable
     over = "examples"
 
-    def extract(self, gradients, *_):
+    @property
+    def columns(self):
+        return self.sent
+
+    def extract(self, gradients):
         return gradients.each()
 
 
@@ -516,7 +520,7 @@ def title(network: str, rows: Mapping[str, Mapping[str, Measured]]) -> str:
 
 def table_of(network: str, rows: Mapping[str, Mapping[str, Measured]]) -> Table:
     """Times and memory over the gradient's, a row per quantity."""
-    table = Table(title=title(network, rows), box=None, title_justify="left", padding=(0, 1))
+    table = Table(title=title(network, rows), box=None, title_justify="left", collapse_padding=True)
     for k, header in enumerate(HEADERS):
         table.add_column(header, justify="right" if k else "left", no_wrap=k == 0)
     for quantity, measured in rows.items():
