@@ -155,7 +155,7 @@ class _Whole:
         self.shape, self.dtype = self.values.shape, self.values.dtype
 
     def columns(self):
-        return jax.vmap(self.unravel)((self.vectors * jnp.sqrt(jnp.abs(self.values))).T)
+        return jax.vmap(self.unravel)((self.vectors * jnp.sqrt(jnp.abs(self.values))[None]).T)
 
     def signs(self):
         return jnp.where(self.values < 0, -1.0, 1.0)

@@ -132,10 +132,7 @@ class Gradients:
 
         For a matrix product that meets no other; see `fbackprop.Kronecker`.
         """
-        shares = self.shares[:, None] * jnp.maximum(self.signs, 0)
-        return self._tree(
-            [self._factors(leaf, shares, sharing) for leaf in range(len(self._params))]
-        )
+        return self._tree([self._factors(leaf, sharing) for leaf in range(len(self._params))])
 
     def dots(self, other: Gradients | None = None, per_leaf: bool = False):
         """⟨gradient n c, gradient m d⟩ with these or other examples', (N, C, M, D); or a pytree."""
@@ -173,29 +170,34 @@ class Gradients:
         zero = jnp.zeros((*self.signs.shape, *other.signs.shape), self._wide(leaf))
         return sum((group.dots(same) for group, same in zip(mine, its, strict=True)), zero)
 
-    def _factors(self, leaf: int, shares, sharing: str) -> tuple[KroneckerBlock, ...]:
+    def _factors(self, leaf: int, sharing: str) -> tuple[KroneckerBlock, ...]:
         groups = self.groups[leaf]
         if groups is None:
             leaf_itself = np.empty(self._params[leaf].shape, np.int8)
             each = self._formed[leaf]
-            return (block_without_activations(each, leaf_itself, leaf_itself, 0, shares),)
+            return (block_without_activations(each, leaf_itself, leaf_itself, 0, *self._counts),)
         blocks = []
         for members in (group.members for group in groups):
             for swapped in (False, True):
                 placed = [p for p in members if p.swapped == swapped]
                 if placed:
-                    blocks.append(self._block(leaf, placed, shares, sharing))
+                    blocks.append(self._block(leaf, placed, sharing))
         return tuple(blocks)
 
-    def _block(self, leaf: int, placed: list[Placed], shares, sharing: str) -> KroneckerBlock:
+    def _block(self, leaf: int, placed: list[Placed], sharing: str) -> KroneckerBlock:
         """The block of sites of one orientation."""
         start, weight = self.source.leaves[leaf], placed[0].weight
         view = self.source.origins[weight].view
         assert view is not None  # or there would be no groups
         if placed[0].site.use is None:
             each, depth = Group(placed).each(), self.source.depth[weight]
-            return block_without_activations(each, view, start, depth, shares)
-        return block_of_sites([p.site for p in placed], view, start, shares, sharing)
+            return block_without_activations(each, view, start, depth, *self._counts)
+        return block_of_sites([p.site for p in placed], view, start, *self._counts, sharing)
+
+    @property
+    def _counts(self):
+        """What examples count in the mean, and what their columns do; none where it is concave."""
+        return self.shares, self.shares[:, None] * jnp.maximum(self.signs, 0)
 
     def _wide(self, leaf: int):
         return jnp.promote_types(self._params[leaf].dtype, jnp.float32)

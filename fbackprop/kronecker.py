@@ -67,28 +67,31 @@ class KroneckerBlock:
         return split.transpose(order).reshape(self.layout.sizes)
 
 
-def block_of_sites(sites: Sequence[Site], view, start, shares, sharing: str) -> KroneckerBlock:
+def block_of_sites(
+    sites: Sequence[Site], view, start, shares, counts, sharing: str
+) -> KroneckerBlock:
     """The block of sites that meet the same part of a weight in the same orientation.
 
     Args:
       sites: the sites.
       view, start: arrays that stand for the weight and for the leaf that it is a view of.
-      shares: (N, C), what each column counts in the mean.
+      shares: (N,), what each example counts in the mean.
+      counts: (N, C), what each of its columns does.
       sharing: "expand" or "reduce".
     """
-    a, b = _factors(sites, shares, sharing)
+    a, b = _factors(sites, shares[:, None], counts, sharing)
     return KroneckerBlock(a, b, sites[0].layout, _place(view, start))
 
 
-def block_without_activations(each, view, start, depth: int, shares) -> KroneckerBlock:
+def block_without_activations(each, view, start, depth: int, shares, counts) -> KroneckerBlock:
     """The block of a weight without activations: its rows share a factor, save those of a stack."""
     shape = each.shape[2:] or (1,)
     stack, rows, last = math.prod(shape[:depth]), math.prod(shape[depth:-1]), shape[-1]
     if depth == len(shape):
         stack, last = math.prod(shape), 1
     x = wide(each).reshape(*each.shape[:2], stack, rows, last).swapaxes(2, 3)
-    a = jnp.full((stack, rows), 1 / rows, x.dtype)
-    b = contract("nctgo,nctgp->gop", x * shares.astype(x.dtype)[:, :, None, None, None], x)
+    a = jnp.full((stack, rows), jnp.sum(shares) / rows, x.dtype)  # the shares sum to one
+    b = contract("nctgo,nctgp->gop", x * counts.astype(x.dtype)[:, :, None, None, None], x)
     layout = Layout(view.shape, (stack, rows, last), ((0,), (1,), (2,)))
     return KroneckerBlock(a, b, layout, _place(view, start))
 
@@ -98,16 +101,15 @@ def _place(view: np.ndarray, leaf: np.ndarray) -> Place:
     return Place(offset, view.shape, view.strides, leaf.size)
 
 
-def _factors(sites: Sequence[Site], shares, sharing: str):
+def _factors(sites: Sequence[Site], shares, counts, sharing: str):
     """A and B."""
-    mean = jnp.max(shares, axis=1, keepdims=True)  # of examples, for activations
     n_places = sum(site.places for site in sites)
     into, out = [site.rows for site in sites], [Dense(site.b) for site in sites]
     if sharing == "expand":
-        a = _sum([_outer(p, mean) for p in into]) / n_places
-        return a, _sum([_outer(q, shares) for q in out])
+        a = _sum([_outer(p, shares) for p in into]) / n_places
+        return a, _sum([_outer(q, counts) for q in out])
     a, b = (sum(map(_over_places, factors)) for factors in (into, out))
-    return _outer(Dense(a / n_places), mean), _outer(Dense(b), shares)
+    return _outer(Dense(a / n_places), shares), _outer(Dense(b), counts)
 
 
 def _sum(outers: Sequence):

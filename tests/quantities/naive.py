@@ -14,7 +14,10 @@ def example_gradients(case):
     def loss(params, x, y):
         return case.loss(case.model(params, x), y)
 
-    return floats(jax.vmap(jax.grad(loss, allow_int=True), (None, 0, 0))(case.params, *case.batch), case.params)
+    return floats(
+        jax.vmap(jax.grad(loss, allow_int=True), (None, 0, 0))(case.params, *case.batch),
+        case.params,
+    )
 
 
 def floats(tree, like):
@@ -50,7 +53,9 @@ def jacobians(case):
 
     found = jax.vmap(one)(x)
     c = found[0].shape[1] if found else 0
-    zeros = [jnp.zeros((len(jax.tree.leaves(x)[0]), c, *jnp.shape(f)), jnp.result_type(f)) for f in fixed]
+    zeros = [
+        jnp.zeros((len(jax.tree.leaves(x)[0]), c, *jnp.shape(f)), jnp.result_type(f)) for f in fixed
+    ]
     return join(found, zeros)
 
 

@@ -91,7 +91,9 @@ def test_a_summed_loss_sums_gradient_and_curvature(whole):
         assert_close(total[name], times, 1e-12)
     for name in ("each", "clipped", "variance", "dots"):
         assert_close(total[name], mean[name], 1e-12)
-    blocks = zip(*(jax.tree.leaves(x["kron"], is_leaf=_is_block) for x in (total, mean)), strict=True)
+    blocks = zip(
+        *(jax.tree.leaves(x["kron"], is_leaf=_is_block) for x in (total, mean)), strict=True
+    )
     for a, b in blocks:
         assert_close(a.dense(), 6.5 * b.dense(), 1e-12)
 
@@ -133,7 +135,9 @@ def test_without_jit_and_with_bare_arrays():
 
     w, x, y = jnp.array([[0.5, -1.0]]), np.array([[1.0, 2.0], [0.0, 1.0]]), np.zeros((2, 1))
     found = fb.sweep(model, fb.losses.squared_error, each=fb.ExampleGradients())(w, (x, y))
-    expected = jax.vmap(jax.grad(lambda w, x, y: fb.losses.squared_error(model(w, x), y)), (None, 0, 0))
+    expected = jax.vmap(
+        jax.grad(lambda w, x, y: fb.losses.squared_error(model(w, x), y)), (None, 0, 0)
+    )
     assert_close(found["each"], expected(w, x, y))
 
 

@@ -61,6 +61,13 @@ def deep_linear(key):
     return regression(lambda p, x: x @ p[0] @ p[1], params, normal(keys[2], N, 5), 3, keys[3])
 
 
+def tied_linear(key):
+    """A linear network of one matrix, used twice: not linear in it."""
+    keys = jax.random.split(key, 3)
+    params = normal(keys[0], 4, 4)
+    return regression(lambda p, x: (x @ p) @ p, params, normal(keys[1], N, 4), 4, keys[2])
+
+
 def relu_net(key):
     keys = jax.random.split(key, 6)
     params = {"w": normal(keys[0], 6, 5), "b": normal(keys[1], 6), "v": normal(keys[2], 3, 6)}
@@ -370,7 +377,11 @@ def nested_vmap(key):
 def several_outputs(key):
     """A prediction that is a pytree, one part of it of the parameters alone; a loss of one's own."""
     keys = jax.random.split(key, 6)
-    params = {"w": normal(keys[0], 3, 4), "v": normal(keys[1], 4, 2), "log_scale": normal(keys[2], 2)}
+    params = {
+        "w": normal(keys[0], 3, 4),
+        "v": normal(keys[1], 4, 2),
+        "log_scale": normal(keys[2], 2),
+    }
 
     def model(p, x):
         h = jnp.tanh(x @ p["w"])
@@ -394,7 +405,7 @@ def _case(make):
 CASES = {
     make.__name__: _case(make)
     for make in (
-        mlp, deep_linear, relu_net, shapes, convnet, conv1d_scanned, resnet, transformer,
+        mlp, deep_linear, tied_linear, relu_net, shapes, convnet, conv1d_scanned, resnet, transformer,
         scanned_transformer, remat_transformer, sliced_stack, lstm, rnn, parameters_in_the_carry,
         low_rank, weight_norm, stacked_in_python, control_flow, nested_vmap, several_outputs,
     )

@@ -1,0 +1,328 @@
+"""Kronecker factors, sampled curvature and the Hessian's diagonal, by their definitions."""
+
+import jax
+import jax.numpy as jnp
+import naive
+import numpy as np
+import pytest
+import zoo
+from jax import lax
+from naive import assert_close
+
+import fbackprop as fb
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    with jax.enable_x64(True):
+        yield
+
+
+def swept(case, key=None, **quantities):
+    return jax.jit(fb.sweep(case.model, case.loss, **quantities))(case.params, case.batch, key=key)
+
+
+def dense(blocks):
+    """A leaf's matrix: the sum of its blocks."""
+    return sum(block.dense() for block in blocks)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+# --- Kronecker factors ----------------------------------------------------------------------------
+
+
+def one_layer(n=5, t=3):
+    """A dense layer that is shared over t positions, and a head that makes the loss's columns mix."""
+
+    def model(w, x):
+        return jnp.tanh(x @ w).sum(0)
+
+    batch = normal(1, n, t, 4), jnp.arange(n) % 3
+    return zoo.Case(model, fb.losses.softmax_cross_entropy, normal(0, 4, 3), batch)
+
+
+def activations_and_signals(case):
+    """What meets the weight (N, T, I), and the columns that come back (N, C, T, O)."""
+    x, y = case.batch
+
+    def columns(x, y):
+        net = x @ case.params
+        j = jax.jacobian(lambda net: jnp.tanh(net).sum(0))(net)  # (z, t, o)
+        values, vectors = jnp.linalg.eigh(
+            jax.hessian(lambda z: case.loss(z, y))(jnp.tanh(net).sum(0))
+        )
+        return jnp.einsum("zc,zto->cto", vectors * jnp.sqrt(jnp.maximum(values, 0))[None], j)
+
+    return x, jax.vmap(columns)(x, y)
+
+
+def test_expand_and_reduce_are_what_they_are_defined_to_be():
+    case = one_layer()
+    a, b = activations_and_signals(case)
+    n, t = a.shape[:2]
+    found = swept(case, expand=fb.Kronecker(), reduce=fb.Kronecker(sharing="reduce"))
+    (block,) = found["expand"]
+    assert_close(block.a[0], jnp.einsum("nti,ntj->ij", a, a) / (n * t))
+    assert_close(block.b[0], jnp.einsum("ncto,nctp->op", b, b) / n)
+    (block,) = found["reduce"]
+    assert_close(block.a[0], jnp.einsum("ni,nj->ij", a.mean(1), a.mean(1)) / n)
+    assert_close(block.b[0], jnp.einsum("nco,ncp->op", b.sum(2), b.sum(2)) / n)
+
+
+def test_exact_for_one_example_without_sharing():
+    for name in ("mlp", "relu_net"):
+        case = zoo.CASES[name](jax.random.key(0))
+        case = case._replace(batch=jax.tree.map(lambda x: x[:1], case.batch))
+        found = swept(case, kron=fb.Kronecker(), block=fb.GGNBlock())
+        is_tuple = lambda x: isinstance(x, tuple)  # noqa: E731
+        assert_close(jax.tree.map(dense, found["kron"], is_leaf=is_tuple), found["block"])
+
+
+def test_exact_for_a_deep_linear_network_with_squared_error():
+    case = zoo.CASES["deep_linear"](jax.random.key(0))
+    found = swept(case, kron=fb.Kronecker(), block=fb.GGNBlock())
+    assert_close([dense(blocks) for blocks in found["kron"]], found["block"])
+
+
+def test_reduce_is_exact_for_linear_networks_with_shared_weights():
+    def model(p, x):  # a convolution, then a mean over places: linear
+        x = lax.conv_general_dilated(
+            x[None], p["kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return x.mean((0, 1, 2)) @ p["head"]
+
+    params = {"kernel": normal(0, 3, 3, 2, 4), "head": normal(1, 4, 3)}
+    case = zoo.Case(
+        model, fb.losses.squared_error, params, (normal(2, 4, 6, 5, 2), normal(3, 4, 3))
+    )
+    found = swept(case, kron=fb.Kronecker(sharing="reduce"), block=fb.GGNBlock())
+    kernel = dense(found["kron"]["kernel"])
+    assert_close(kernel, found["block"]["kernel"])
+    expand = dense(swept(case, kron=fb.Kronecker())["kron"]["kernel"])
+    assert not np.allclose(expand, found["block"]["kernel"])
+
+
+def test_a_convolution_whose_window_is_the_image_is_a_dense_layer():
+    x, y = normal(0, 4, 3, 2, 2), normal(1, 4, 5)
+
+    def convolved(w, x):
+        return lax.conv_general_dilated(
+            x[None], w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ).reshape(-1)
+
+    def multiplied(w, x):
+        return x.reshape(-1) @ w.reshape(-1, 5)
+
+    w = normal(2, 3, 2, 2, 5)
+    pair = []
+    for model in (convolved, multiplied):
+        case = zoo.Case(model, fb.losses.squared_error, w, (x, y))
+        pair.append(dense(swept(case, kron=fb.Kronecker())["kron"]))
+    assert_close(*pair)
+
+
+def test_tables_have_a_diagonal_factor_and_tied_ones_a_block_for_each_orientation():
+    def looked_up(p, tokens):
+        return p[tokens].sum(0)
+
+    def one_hot(p, tokens):
+        return (jax.nn.one_hot(tokens, 4) @ p).sum(0)
+
+    batch = jnp.array([[0, 1, 1], [3, 3, 3], [2, 0, 1]]), normal(1, 3, 2)
+    cases = [
+        zoo.Case(m, fb.losses.squared_error, normal(0, 4, 2), batch) for m in (looked_up, one_hot)
+    ]
+    (table,), (product,) = (swept(case, kron=fb.Kronecker())["kron"] for case in cases)
+    assert table.a.shape == (1, 4) and product.a.shape == (1, 4, 4)
+    assert_close(table.dense(), product.dense())
+
+    def tied(p, tokens):
+        return p[tokens].sum(0) @ p.T
+
+    case = zoo.Case(tied, fb.losses.squared_error, normal(0, 4, 2), (batch[0], normal(1, 3, 4)))
+    assert len(swept(case, kron=fb.Kronecker())["kron"]) == 2
+
+
+@pytest.mark.parametrize("name", ["scanned_transformer", "sliced_stack", "lstm", "weight_norm"])
+def test_factors_are_symmetric_and_positive_for_any_model(name):
+    case = zoo.CASES[name](jax.random.key(0))
+    found = swept(case, kron=fb.Kronecker())["kron"]
+    params = jax.tree.leaves(case.params)
+    for blocks, p in zip(jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, tuple)), params):
+        matrix = dense(blocks)
+        assert matrix.shape == (p.size, p.size)
+        assert_close(matrix, matrix.T)
+        assert jnp.min(jnp.linalg.eigvalsh(matrix)) > -1e-10
+        assert len(blocks) < 2 or p.ndim > 1
+
+
+def test_the_empirical_fisher_takes_the_datas_labels():
+    case = zoo.CASES["mlp"](jax.random.key(0))
+    gradients = naive.example_gradients(case)
+    found = swept(case, kron=fb.Kronecker(empirical=True), fisher=fb.FisherDiagonal(empirical=True))
+    bias = (
+        gradients["layers"][0]["bias"] if "layers" in gradients else jax.tree.leaves(gradients)[0]
+    )
+    first = jax.tree.leaves(found["kron"], is_leaf=lambda x: isinstance(x, tuple))[0]
+    assert_close(dense(first), jnp.einsum("ni,nj->ij", bias, bias) / zoo.N)
+    squares = naive.mean(jax.tree.map(lambda g: g**2, gradients))
+    assert_close(found["fisher"], squares)
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+SAMPLES = 4000
+
+
+@pytest.mark.parametrize(
+    ("loss", "target"),
+    [
+        (fb.losses.softmax_cross_entropy, jnp.arange(3)),
+        (fb.losses.squared_error, normal(3, 3, 4)),
+        (fb.losses.sigmoid_binary_cross_entropy, jnp.ones((3, 4))),
+        (lambda z, y: jnp.sum(jnp.cosh(z - y)) + jnp.sum(z) ** 2, normal(3, 3, 4)),
+    ],
+    ids=["softmax", "squared", "sigmoid", "own"],
+)
+def test_samples_have_the_exact_curvature_as_their_mean(loss, target):
+    def model(w, x):
+        return jnp.sin(x @ w)
+
+    case = zoo.Case(model, loss, normal(0, 5, 4), (normal(1, 3, 5), target))
+    quantities = {"exact": fb.GGNDiagonal(), "sampled": fb.GGNDiagonal(SAMPLES)}
+    if loss.__module__ == "fbackprop.losses":
+        quantities["labels"] = fb.FisherDiagonal(SAMPLES)
+    found = swept(case, key=jax.random.key(0), **quantities)
+    for name in quantities:
+        scale = jnp.max(found["exact"])
+        assert_close(found[name] / scale, found["exact"] / scale, 0.1)
+
+
+def test_one_sample_is_unbiased_for_masked_positions_and_soft_labels():
+    """The cross-entropy's root takes the weight of a position into account."""
+
+    def model(w, x):
+        return (x @ w).reshape(2, 3)
+
+    x = normal(1, 2, 5)
+    for target in (jnp.array([[0, -1], [2, 1]]), jax.nn.softmax(normal(2, 2, 2, 3)) * 0.5):
+        case = zoo.Case(model, fb.losses.softmax_cross_entropy, normal(0, 5, 6), (x, target))
+        exact = naive.mean(jax.vmap(jnp.diagonal)(naive.ggn_of_examples(case))).reshape(5, 6)
+        found = swept(case, jax.random.key(0), e=fb.GGNDiagonal(), s=fb.GGNDiagonal(SAMPLES))
+        assert_close(found["e"], exact)
+        assert_close(found["s"], exact, 0.1)
+
+
+def test_labels_of_ones_own():
+    case = zoo.Case(
+        lambda w, x: x * w, lambda z, y: (z - y) ** 2, 2.0, (normal(1, 4), normal(2, 4))
+    )
+    with pytest.raises(ValueError, match="label="):
+        swept(case, key=jax.random.key(0), f=fb.FisherDiagonal())
+    found = swept(case, jax.random.key(0), f=fb.FisherDiagonal(label=lambda key, z: z - 0.5))
+    assert_close(found["f"], jnp.mean(case.batch[0] ** 2))  # the gradient is 2 · 0.5 · x
+    kron = fb.Kronecker(3, label=lambda key, z: z - 0.5)
+    assert_close(dense(swept(case, jax.random.key(0), k=kron)["k"])[0, 0], found["f"])
+
+
+# --- the Hessian ----------------------------------------------------------------------------------
+
+
+def test_the_hessians_diagonal_of_a_piecewise_linear_network():
+    case = zoo.CASES["relu_net"](jax.random.key(0))
+    assert_close(swept(case, h=fb.HessianDiagonal())["h"], naive.hessian_diagonal(case))
+    each = swept(case, h=fb.HessianDiagonal(per_example=True))["h"]
+    assert_close(naive.mean(each), naive.hessian_diagonal(case))
+
+
+def test_a_concave_loss_has_a_negative_diagonal():
+    case = zoo.Case(
+        lambda w, x: jax.nn.relu(x @ w[:, 0] + 2) * w[0, 1],
+        lambda z, y: jnp.cos(z - y),
+        normal(0, 3, 2) + 1,
+        (normal(1, 4, 3) / 9, normal(2, 4)),
+    )
+    # w[0] meets itself (its first element and its second are multiplied): refused. Apart it is fine.
+    apart = case._replace(
+        model=lambda p, x: jax.nn.relu(x @ p["w"] + 2) * p["v"],
+        params={"w": case.params[:, 0], "v": case.params[0, 1]},
+    )
+    found = swept(apart, h=fb.HessianDiagonal())["h"]
+    assert_close(found, naive.hessian_diagonal(apart))
+    assert found["v"] < 0
+
+
+@pytest.mark.parametrize(
+    ("name", "primitive"), [("mlp", "tanh"), ("low_rank", "tanh"), ("tied_linear", "dot_general")]
+)
+def test_curved_models_are_refused_with_the_line(name, primitive):
+    case = zoo.CASES[name](jax.random.key(0))
+    with pytest.raises(ValueError, match=f"'{primitive}' at .*py:") as raised:
+        swept(case, h=fb.HessianDiagonal())
+    assert "\n" not in str(raised.value)
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def test_dots_with_a_second_batch_are_influences():
+    case = zoo.CASES["mlp"](jax.random.key(0))
+    other = (normal(5, 3, 5), jnp.array([0, 2, 1]))
+    found = swept(case, dots=fb.ExampleDots(other))["dots"]
+    g, h = (
+        jnp.concatenate([x.reshape(len(x), -1) for x in jax.tree.leaves(tree)], axis=1)
+        for tree in (
+            naive.example_gradients(case),
+            naive.example_gradients(case._replace(batch=other)),
+        )
+    )
+    assert_close(found, g @ h.T)
+    with pytest.raises(ValueError, match="second batch"):
+        swept(case, dots=fb.ExampleDots((normal(5, 3, 6), other[1])))
+
+
+def test_parts_of_the_gram_matrix_add_up():
+    case = zoo.CASES["conv1d_scanned"](jax.random.key(0))
+    found = swept(case, gram=fb.Gram(), parts=fb.Gram(per_leaf=True), norms=fb.JacobianNorms())
+    assert jax.tree.structure(found["parts"]) == jax.tree.structure(case.params)
+    assert_close(sum(jax.tree.leaves(found["parts"])), found["gram"])
+    assert_close(jnp.einsum("ncnc->nc", found["gram"]), found["norms"])
+
+
+def test_many_gradients_are_formed_a_few_at_a_time(monkeypatch):
+    """With room for one gradient only, the results are the same."""
+    case = zoo.CASES["convnet"](jax.random.key(0))
+    quantities = {
+        "squares": fb.GGNDiagonal(),
+        "norms": fb.JacobianNorms(),
+        "moment": fb.SecondMoment(),
+        "each": fb.ExampleNorms(),
+    }
+    expected = swept(case, **quantities)
+    monkeypatch.setattr("fbackprop.groups.BLOCK", 1)
+    assert_close(swept(case, **quantities), expected, 1e-12)
+
+
+# --- quantities of one's own ----------------------------------------------------------------------
+
+
+def test_a_quantity_of_ones_own():
+    class GradientConfusion(fb.Quantity):
+        """The smallest cosine between two examples' gradients."""
+
+        over = "pairs"
+
+        def extract(self, gradients):
+            dots = gradients.dots()[:, 0, :, 0]
+            norms = jnp.sqrt(jnp.diagonal(dots))
+            return jnp.min(dots / norms[:, None] / norms[None])
+
+    case = zoo.CASES["mlp"](jax.random.key(0))
+    g = jnp.concatenate(
+        [x.reshape(zoo.N, -1) for x in jax.tree.leaves(naive.example_gradients(case))], axis=1
+    )
+    g = g / jnp.linalg.norm(g, axis=1, keepdims=True)
+    assert_close(swept(case, c=GradientConfusion())["c"], jnp.min(g @ g.T))

@@ -1,0 +1,51 @@
+"""What is said of how each parameter is handled."""
+
+import jax
+import jax.numpy as jnp
+
+import fbackprop as fb
+
+
+def model(p, x):
+    h = jnp.tanh(x @ p["dense"] + p["bias"][None])
+    direction = p["v"] / jnp.linalg.norm(p["v"])
+    h = h @ direction
+    table = p["table"][jnp.argmax(x)]
+    return h.sum(0) + table + p["frozen"].sum()
+
+
+PARAMS = {
+    "bias": jnp.zeros(3),
+    "dense": jnp.ones((4, 3)),
+    "frozen": jnp.arange(2),
+    "table": jnp.ones((5, 2)),
+    "unused": jnp.ones(7),
+    "v": jnp.ones((3, 2)),
+}
+
+
+def test_every_leaf_has_its_rows(capsys):
+    report = fb.explain_sites(model, PARAMS, jnp.ones((6, 4)))
+    printed = capsys.readouterr().out
+    assert printed.strip() == str(report)
+    by_name = {leaf.name: leaf for leaf in report.leaves}
+    assert list(by_name) == [f"['{name}']" for name in sorted(PARAMS)]
+    dense = by_name["['dense']"]
+    assert "product at 6 places" in dense.uses[0] and "test_explain.py" in dense.uses[0]
+    assert dense.held == 6 * 4 + 6 * 3 and not dense.formed and dense.norm <= dense.gradient
+    assert "lookup at 1 place" in by_name["['table']"].uses[0]
+    assert "add at" in by_name["['bias']"].uses[0]
+    assert "unused" in by_name["['unused']"].uses[0]
+    assert "no gradient" in by_name["['frozen']"].uses[0]
+    assert by_name["['v']"].formed and "gradients formed" in printed
+    assert repr(report) == "<SitesReport of 6 leaves, gradients of 1 formed>"
+
+
+def test_shapes_and_keys_suffice(capsys):
+    def dropout(p, x, *, key):
+        return (x * jax.random.bernoulli(key, 0.5, x.shape)) @ p
+
+    shape = jax.ShapeDtypeStruct((100_000, 10_000), jnp.float32)
+    report = fb.explain_sites(dropout, shape, jax.ShapeDtypeStruct((100_000,), jnp.float32))
+    (leaf,) = report.leaves
+    assert leaf.held == 110_000
