@@ -94,7 +94,8 @@ def sweep(
         names = any(q.names for q in quantities.values())
         tapped = tapped_model(model, params, examples.inputs, rules, names)
         total = 1.0 if reduction == "mean" else total_weight(weights, len(examples.shares))
-        task = _Task(tapped, loss, quantities, params, total)
+        even = 1 / len(examples.shares) if weights is None else None
+        task = _Task(tapped, loss, quantities, params, total, even, set())
         others = {
             name: examples_of(q.other, (), None, key, has_key, like=examples.inputs)
             for name, q in quantities.items()
@@ -112,12 +113,12 @@ def sites_of(model: Callable, params, inputs: tuple) -> Gradients:
         inputs = (*inputs, jax.random.split(jax.random.key(0), n))
 
     def column(example: Example):
-        return jax.tree.map(lambda z: z[None], example.prediction), jnp.ones(1)
+        return jax.tree.map(lambda z: z[None], example.prediction), None
 
     tapped = tapped_model(model, params, inputs, DEFAULT)
-    task = _Task(tapped, lambda prediction, target: 0.0, {}, params, 1.0)
+    task = _Task(tapped, lambda prediction, target: 0.0, {}, params, 1.0, 1 / n, set())
     _, (swept,) = task.sweep(Examples(inputs, None, None, jnp.ones(n) / n), [column])
-    return task.gradients(swept)
+    return task.gradients(swept, column)
 
 
 # --- the sweep ------------------------------------------------------------------------------------
@@ -147,13 +148,22 @@ class _Swept(NamedTuple):
 
 
 class _Task(NamedTuple):
-    """What to compute of examples."""
+    """What to compute of examples.
+
+    Attributes:
+      tapped, loss, quantities, params: as their names say.
+      scale: what the batch's loss is, as a multiple of the mean.
+      even: each example's share in the mean if all have the same, else None.
+      signed: the kinds of columns of which some have a negative sign, noted while tracing.
+    """
 
     tapped: Tapped
     loss: Callable
     quantities: Mapping[str, Quantity]
     params: Any
     scale: Any
+    even: float | None
+    signed: set
 
     def run(self, examples: Examples, others: Mapping[str, Examples], chunk: int | None) -> dict:
         """All of it.
@@ -168,10 +178,10 @@ class _Task(NamedTuple):
         for name, quantity in self.quantities.items():
             x = found[name]
             if quantity.over == "pairs":
-                gradients = self.gradients(x)
+                gradients = self.gradients(x, quantity.columns)
                 if name in others:
                     (swept,) = self.sweep(others[name], [quantity.columns])[1]
-                    gradients.second = self.gradients(swept)
+                    gradients.second = self.gradients(swept, quantity.columns)
                 x = quantity.extract(gradients)
             found[name] = quantity.finish(quantity.scaled(x, self.scale))
         return found
@@ -181,7 +191,7 @@ class _Task(NamedTuple):
         kinds = list(dict.fromkeys(q.columns for q in self.quantities.values()))
         losses, found_of_kinds = self.sweep(examples, kinds)
         swept = dict(zip(kinds, found_of_kinds, strict=True))
-        gradients = {kind: self.gradients(s) for kind, s in swept.items()}
+        gradients = {kind: self.gradients(s, kind) for kind, s in swept.items()}
         found = {"loss": jnp.sum(losses * examples.shares.astype(losses.dtype))}
         for name, q in self.quantities.items():
             whole_batch = q.over == "pairs"
@@ -218,7 +228,12 @@ class _Task(NamedTuple):
             swept = []
             for kind in kinds:
                 seeds, signs = kind(Example(self.loss, prediction, target, key))
-                if signs.shape == (1,):
+                n_columns = len(jax.tree.leaves(seeds)[0])
+                if signs is None:
+                    signs = jnp.ones(n_columns)
+                else:
+                    self.signed.add(kind)
+                if n_columns == 1:
                     found = jax.tree.map(lambda x: x[None], back(jax.tree.map(_first, seeds)))
                 else:
                     found = jax.vmap(back)(seeds)
@@ -228,7 +243,7 @@ class _Task(NamedTuple):
 
         return jax.vmap(one)(*examples)
 
-    def gradients(self, swept: _Swept) -> Gradients:
+    def gradients(self, swept: _Swept, kind) -> Gradients:
         part, source = self.tapped.part, self.tapped.source
         shapes = [aval.shape for aval in source.program.out_avals]
         n = len(part.uses)
@@ -241,8 +256,9 @@ class _Task(NamedTuple):
         for i, signals in zip(nudged, swept.signals[n:], strict=True):
             if signals is not None:
                 sites.append((i, whole(signals)))
+        even = None if kind in self.signed else self.even
         shares, signs, named = swept.shares, swept.signs, swept.named
-        return Gradients(source, part.program, self.params, sites, shares, signs, named)
+        return Gradients(source, part.program, self.params, sites, shares, signs, even, named)
 
     def _in_chunks(self, examples: Examples, chunk: int) -> dict:
         """The same piece by piece: what is of examples in a row, what is a sum summed."""

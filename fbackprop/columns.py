@@ -43,9 +43,12 @@ class LossGradient:
     needs_key: ClassVar[bool] = False
 
     def __call__(self, example: Example):
-        """The columns, a pytree like the prediction with an axis of columns in front; and signs."""
+        """The columns, a pytree like the prediction with an axis of columns in front; their signs.
+
+        These are an array (C,), or None where all are positive.
+        """
         slope = grad(example.loss)(example.prediction, example.target)
-        return jax.tree.map(lambda x: x[None], slope), jnp.ones(1)
+        return jax.tree.map(lambda x: x[None], slope), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Outputs:
 
     def __call__(self, example: Example):
         flat, unravel = ravel_pytree(example.prediction)
-        return jax.vmap(unravel)(jnp.eye(flat.size, dtype=flat.dtype)), jnp.ones(flat.size)
+        return jax.vmap(unravel)(jnp.eye(flat.size, dtype=flat.dtype)), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +88,7 @@ class HessianRoot:
         if self.samples is None:
             return root.columns(), root.signs()
         draws = jax.random.rademacher(example.key, (self.samples, *root.shape), root.dtype)
-        found = jax.vmap(root.combine)(draws / self.samples**0.5)
-        return found, jnp.ones(self.samples)
+        return jax.vmap(root.combine)(draws / self.samples**0.5), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Labels:
             return grad(example.loss)(z, _LABELS[example.loss](key, z, jnp.asarray(target)))
 
         found = jax.vmap(column)(jax.random.split(example.key, self.samples))
-        return jax.tree.map(lambda x: x / self.samples**0.5, found), jnp.ones(self.samples)
+        return jax.tree.map(lambda x: x / self.samples**0.5, found), None
 
 
 # --- roots ----------------------------------------------------------------------------------------
@@ -200,8 +202,7 @@ class _Softmax:
         return every.reshape(positions * (n - 1), *self.like.shape)
 
     def signs(self):
-        positions, n = self.shape
-        return jnp.ones(positions * (n - 1))
+        return None
 
     def combine(self, coefficients):
         root = jnp.sqrt(self.p) * coefficients

@@ -40,15 +40,16 @@ class Gradients:
       shares: (N,), the weight of each example in a mean over them; they sum to one.
       signs: (N, C), what column c's outer product counts in a Hessian: 1, or −1 where the loss is
         concave.
+      even: what each column counts in the mean, if all count the same and are positive; else None.
       signals: error signals of named values, (N, C, *value), by name.
       second: the gradients of a second batch, for a quantity that has one.
     """
 
     second: Gradients | None = None
 
-    def __init__(self, source: Source, model: Program, params, sites, shares, signs, signals=None):
+    def __init__(self, source: Source, model: Program, params, sites, shares, signs, even, signals):
         self.source, self.model, self.sites, self.params = source, model, list(sites), params
-        self.shares, self.signs, self.signals = shares, signs, signals or {}
+        self.shares, self.signs, self.even, self.signals = shares, signs, even, signals
         self.examples, self.columns = signs.shape
         self._params = jax.tree.leaves(params)
 
@@ -189,14 +190,17 @@ class Gradients:
         start, weight = self.source.leaves[leaf], placed[0].weight
         view = self.source.origins[weight].view
         assert view is not None  # or there would be no groups
+        shares, counts = self._counts
         if placed[0].site.use is None:
             each, depth = Group(placed).each(), self.source.depth[weight]
-            return block_without_activations(each, view, start, depth, *self._counts)
-        return block_of_sites([p.site for p in placed], view, start, *self._counts, sharing)
+            return block_without_activations(each, view, start, depth, shares, counts)
+        return block_of_sites([p.site for p in placed], view, start, shares, counts, sharing)
 
     @property
     def _counts(self):
         """What examples count in the mean, and what their columns do; none where it is concave."""
+        if self.even is not None:
+            return self.even, self.even
         return self.shares, self.shares[:, None] * jnp.maximum(self.signs, 0)
 
     def _wide(self, leaf: int):

@@ -30,7 +30,7 @@ from fbackprop.sites import (
 )
 
 # How many numbers of formed gradients are held at a time.
-BLOCK = 2**20
+BLOCK = 2**18
 
 
 class Placed(NamedTuple):
@@ -77,7 +77,7 @@ class Group:
     def norms(self):
         """Squared norms, (n, c)."""
         if self.cost_of_comparing > self.cost_of_forming:
-            return self._in_pieces(lambda each, shares: (None, formed_norms(each)))[1]
+            return self._in_blocks(lambda each, shares: (None, formed_norms(each)))[1]
         total: Any = 0.0
         for k, p in enumerate(self.members):
             (a, b), before = p.factors, self.members[: k + 1]
@@ -91,14 +91,11 @@ class Group:
         shares = wide(shares)
         if len(self.members) == 1:
             site = self.members[0].site
-            if isinstance(site.a, OneHot):
-                return self.layout.restore(_squares_of_lookups(site.a, site.b, shares))
-            if site.places == 1:
-                a2, b2 = wide(site.a.x) ** 2, over_columns(wide(site.b) ** 2, shares)
-                squares = contract(site.a.term(f="i") + ",ntgo->gio", a2, b2)
-                return self.layout.restore(squares)
+            if site.places == 1 or site.is_lookup:
+                squared = _lookups_squared if site.is_lookup else _products_squared
+                return self.layout.restore(squared(site.a, site.b, shares))
 
-        squares, _ = self._in_pieces(lambda each, s: (formed_squares(each, s), None), shares)
+        squares, _ = self._in_blocks(lambda each, s: (formed_squares(each, s), None), shares)
         return self.layout.restore(squares)
 
     def dots(self, other: Group):
@@ -107,7 +104,7 @@ class Group:
         compared = sum(
             math.prod((*p.site.b.shape[:4], *q.site.b.shape[:3]))
             for p, q in pairs
-            if p.site.places > 1 or isinstance(p.site.a, OneHot)
+            if p.site.places > 1 or p.site.is_lookup
         )
         formed = math.prod((*self._shape, *self.layout.sizes))
         if compared > formed:
@@ -120,40 +117,35 @@ class Group:
 
     # --- forming a few gradients at a time
 
-    def _in_pieces(self, function: Callable, shares=None):
-        """What is made of the gradients, formed in pieces: one column of some examples at a time.
+    def _in_blocks(self, function: Callable, shares=None):
+        """What is made of the gradients, formed for a block of examples at a time.
 
         Args:
-          function: of gradients (k, 1, g, i, o) and their shares (k, 1), to a pytree to be summed
-            over the pieces, and an array (k, 1) or None.
+          function: of gradients (k, c, g, i, o) and their shares (k, c), to an array to be summed
+            over the blocks or None, and an array with a leading axis of examples or None.
           shares: (n, c).
-
-        Returns:
-          the sums, and the arrays as one of shape (n, c).
         """
         n, c = self._shape
         shares = jnp.ones((n, c)) if shares is None else shares
-        size = _divisor(n, max(BLOCK // max(math.prod(self.layout.sizes), 1), 1))
-        factors = [(placed.site.a, placed.site.b) for placed in self.members]
-        if size == n and c == 1:
-            return function(self._sum([form(a, b) for a, b in factors]), shares)
+        held = max(c * math.prod(self.layout.sizes), *(p.site.activations for p in self.members))
+        size = _divisor(n, max(BLOCK // max(held, 1), 1))
 
-        def piece(place):
-            first, column = place // c * size, place % c
-            cut = [(_examples(a, first, size), _cut(b, first, size, column)) for a, b in factors]
-            each = self._sum([form(a, b) for a, b in cut])
-            return function(each, _cut(shares, first, size, column))
+        def block(first):
+            sites = [placed.site.some(first, size) for placed in self.members]
+            each = self._sum([form(site.a, site.b) for site in sites])
+            return function(each, lax.dynamic_slice_in_dim(shares, first, size))
 
-        def step(sums, place):
-            new, own = piece(place)
-            return jax.tree.map(jnp.add, sums, new), own
+        if size == n:
+            return block(0)
 
-        shapes, _ = jax.eval_shape(piece, 0)
+        def step(total, first):
+            summed, own = block(first)
+            return jax.tree.map(jnp.add, total, summed), own
+
+        shapes, _ = jax.eval_shape(block, 0)
         start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        sums, own = lax.scan(step, start, jnp.arange(n // size * c))
-        if own is not None:
-            own = own.reshape(n // size, c, size).swapaxes(1, 2).reshape(n, c)
-        return sums, own
+        total, own = lax.scan(step, start, jnp.arange(0, n, size))
+        return total, jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), own)
 
     @property
     def cost_of_comparing(self) -> float:
@@ -161,8 +153,8 @@ class Group:
         total = 0.0
         for p, q in itertools.product(self.members, self.members):
             g, i, o = p.site.layout.sizes
-            dense = isinstance(p.site.a, Dense) or isinstance(q.site.a, Dense)
-            total += p.site.places * q.site.places * g * (o + (i if dense else 1))
+            compared = o + (1 if p.site.is_lookup and q.site.is_lookup else i)
+            total += p.site.places * q.site.places * g * compared
         return total
 
     @property
@@ -173,7 +165,7 @@ class Group:
 
 def cost_of_forming(site: Site) -> float:
     """Multiplications per example and column to form a gradient and square it."""
-    return math.prod(site.layout.sizes) * (2 + (site.places if isinstance(site.a, Dense) else 1))
+    return math.prod(site.layout.sizes) * (2 + (1 if site.is_lookup else site.places))
 
 
 def _divisor(n: int, most: int) -> int:
@@ -181,20 +173,13 @@ def _divisor(n: int, most: int) -> int:
     return next(k for k in range(min(n, most), 0, -1) if n % k == 0)
 
 
-def _cut(x, first, size: int, column):
-    """Some examples of one column, (k, 1, …), of an array (n, c, …)."""
-    starts = (first, column, *(0 for _ in x.shape[2:]))
-    return lax.dynamic_slice(x, starts, (size, 1, *x.shape[2:]))
+def _products_squared(a: Dense, b, shares):
+    """Squares of single outer products are outer products of squares."""
+    b2 = over_columns(wide(b) ** 2, shares)
+    return contract(a.term(f="i") + ",ntgo->gio", wide(a.x) ** 2, b2)
 
 
-def _examples(a: Dense | OneHot, first, size: int) -> Dense | OneHot:
-    """The activations of some examples."""
-    if isinstance(a, OneHot):
-        return OneHot(lax.dynamic_slice_in_dim(a.indices, first, size), a.size)
-    return Dense(lax.dynamic_slice_in_dim(a.x, first, size, a.axes.index("n")), a.axes)
-
-
-def _squares_of_lookups(a: OneHot, b, shares):
+def _lookups_squared(a: OneHot, b, shares):
     """Places of one row add up before they are squared; each of them then counts its part."""
     same = inner(a, a)
     sums = contract("nztug,ncugo->nctgo", same, wide(b))
@@ -219,4 +204,5 @@ def formed_norms(x):
 
 def formed_squares(x, shares):
     """Σₙ𝒸 shares[n, c] · gradient² of gradients (n, c, …)."""
-    return jnp.einsum("nc...,nc->...", wide(x) ** 2, wide(shares))
+    shares = wide(shares).reshape(*shares.shape, *(1,) * (x.ndim - 2))
+    return jnp.sum(wide(x) ** 2 * shares, axis=(0, 1))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from fbackprop.sites import Dense, Layout, OneHot, Site, contract, wide
 
@@ -75,11 +76,18 @@ def block_of_sites(
     Args:
       sites: the sites.
       view, start: arrays that stand for the weight and for the leaf that it is a view of.
-      shares: (N,), what each example counts in the mean.
-      counts: (N, C), what each of its columns does.
+      shares: (N,), what each example counts in the mean; or one number for all.
+      counts: (N, C), what each of its columns does; or one number for all.
       sharing: "expand" or "reduce".
     """
-    a, b = _factors(sites, shares[:, None], counts, sharing)
+    n_places = sum(site.places for site in sites)
+    into: list[Dense | OneHot] = [site.rows for site in sites]
+    out: list[Dense | OneHot] = [Dense(site.b) for site in sites]
+    if sharing == "reduce":
+        into = [Dense(sum(map(_over_places, into)) / n_places**0.5)]
+        out = [Dense(sum(map(_over_places, out)))]
+    a = _sum([_outer(p, shares) for p in into]) / n_places
+    b = _sum([_outer(q, counts) for q in out])
     return KroneckerBlock(a, b, sites[0].layout, _place(view, start))
 
 
@@ -90,26 +98,15 @@ def block_without_activations(each, view, start, depth: int, shares, counts) -> 
     if depth == len(shape):
         stack, last = math.prod(shape), 1
     x = wide(each).reshape(*each.shape[:2], stack, rows, last).swapaxes(2, 3)
-    a = jnp.full((stack, rows), jnp.sum(shares) / rows, x.dtype)  # the shares sum to one
-    b = contract("nctgo,nctgp->gop", x * counts.astype(x.dtype)[:, :, None, None, None], x)
+    mean = jnp.sum(jnp.broadcast_to(shares, len(each)))  # over all pieces of a batch it is one
+    a = jnp.full((stack, rows), mean / rows, x.dtype)
     layout = Layout(view.shape, (stack, rows, last), ((0,), (1,), (2,)))
-    return KroneckerBlock(a, b, layout, _place(view, start))
+    return KroneckerBlock(a, _outer(Dense(x), counts), layout, _place(view, start))
 
 
 def _place(view: np.ndarray, leaf: np.ndarray) -> Place:
     offset = view.__array_interface__["data"][0] - leaf.__array_interface__["data"][0]
     return Place(offset, view.shape, view.strides, leaf.size)
-
-
-def _factors(sites: Sequence[Site], shares, counts, sharing: str):
-    """A and B."""
-    n_places = sum(site.places for site in sites)
-    into, out = [site.rows for site in sites], [Dense(site.b) for site in sites]
-    if sharing == "expand":
-        a = _sum([_outer(p, shares) for p in into]) / n_places
-        return a, _sum([_outer(q, counts) for q in out])
-    a, b = (sum(map(_over_places, factors)) for factors in (into, out))
-    return _outer(Dense(a / n_places), shares), _outer(Dense(b), counts)
 
 
 def _sum(outers: Sequence):
@@ -126,13 +123,48 @@ def _over_places(p: Dense | OneHot):
 
 
 def _outer(p: Dense | OneHot, shares):
-    """Σ shares[n, c] pₜ pₜᵀ, (g, f, f); of one-hot vectors its diagonal, (g, f)."""
+    """Σ shares pₜ pₜᵀ over examples, columns and places, (g, f, f).
+
+    Of one-hot vectors it is diagonal: (g, f). The shares are (N,), (N, C) or one number.
+    """
     if isinstance(p, OneHot):
-        groups = jnp.broadcast_to(jnp.arange(p.indices.shape[-1]), p.indices.shape)
-        counts = jnp.zeros((p.indices.shape[-1], p.size), shares.dtype)
-        rows = jnp.broadcast_to(shares[:, :, None, None], p.indices.shape)
-        return counts.at[groups, p.indices].add(rows, mode="drop")
+        n, g = p.indices.shape[0], p.indices.shape[-1]
+        rows = jnp.broadcast_to(
+            jnp.reshape(jnp.broadcast_to(shares, n), (n, 1, 1, 1)), p.indices.shape
+        )
+        groups = jnp.broadcast_to(jnp.arange(g), p.indices.shape)
+        return jnp.zeros((g, p.size), rows.dtype).at[groups, p.indices].add(rows, mode="drop")
     x = wide(p.x)
-    spread = [shares.shape["nc".index(axis)] if axis in "nc" else 1 for axis in p.axes]
-    weighted = x * shares.astype(x.dtype).reshape(spread)  # n comes before c wherever both are
-    return contract(f"{p.term()},{p.term(f='h')}->gfh", weighted, x)
+    if jnp.ndim(shares) == 0:  # scales what is smaller
+        if x.size > p.size**2:
+            return shares * _squared(x, p)
+        return _squared(x * shares**0.5, p)
+    sizes = dict(zip("nc", (*shares.shape, 1), strict=False))
+    roots = jnp.sqrt(shares).reshape([sizes.get(axis, 1) for axis in p.axes])  # n comes before c
+    return _squared(x * roots.astype(x.dtype), p)
+
+
+def _squared(x, p: Dense):
+    """Σ pₜ pₜᵀ for the array x of a factor, (g, f, f)."""
+    if "g" in p.axes and x.shape[p.axes.index("g")] > 1:
+        return contract(f"{p.term()},{p.term(f='h')}->gfh", x, x)
+    if p.axes[-1] == "f":
+        return _upper_and_lower(x.reshape(-1, p.size), 1)[None]
+    rows = x.transpose([p.axes.index("f"), *(k for k, axis in enumerate(p.axes) if axis != "f")])
+    return _upper_and_lower(rows.reshape(p.size, -1), 0)[None]
+
+
+def _upper_and_lower(x, axis: int):
+    """The products of all columns (axis 1) or rows (axis 0) of a matrix with each other.
+
+    The result is symmetric: of a large one, the lower left quarter is the upper right one's
+    transpose, and not computed.
+    """
+    size, length = x.shape[axis], x.shape[1 - axis]
+    summed = ((1 - axis,), (1 - axis,)), ((), ())
+    if size <= 256 or length < size:
+        return lax.dot_general(x, x, summed)
+    first, second = jnp.split(x, [size // 2], axis)
+    across = lax.dot_general(first, second, summed)
+    top = jnp.concatenate([_upper_and_lower(first, axis), across], 1)
+    return jnp.concatenate([top, jnp.concatenate([across.T, _upper_and_lower(second, axis)], 1)])

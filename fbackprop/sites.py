@@ -228,6 +228,30 @@ class Site:
         return self.b.shape[2]
 
     @property
+    def is_lookup(self) -> bool:
+        """Whether the activations are one-hot."""
+        return isinstance(self._a, OneHot)
+
+    @property
+    def activations(self) -> int:
+        """How many numbers they are for one example."""
+        _, i, _ = self.layout.sizes
+        return self.places * (1 if self.is_lookup else i)
+
+    def some(self, first, size: int) -> Site:
+        """The site of some of the examples."""
+        b = lax.dynamic_slice_in_dim(self.b, first, size)
+        a = self.a
+        if isinstance(a, OneHot):
+            return Site(
+                OneHot(lax.dynamic_slice_in_dim(a.indices, first, size), a.size), b, self.layout
+            )
+        x = a.x
+        if "n" in a.axes and x.shape[a.axes.index("n")] > 1:
+            x = lax.dynamic_slice_in_dim(x, first, size, a.axes.index("n"))
+        return Site(Dense(x, a.axes), b, self.layout)
+
+    @property
     def rows(self) -> Dense | OneHot:
         """`a` in the order that suits sums over examples and places."""
         return self.a
@@ -366,8 +390,10 @@ def _lookup(use: Use, met, signals, weight_shape) -> Site:
 class _Convolution(Site):
     """Of a convolution's kernel: activations are patches, cut out only for what needs them."""
 
+    is_lookup = False
+
     def __init__(self, use: Use, met, signals, weight_shape):
-        self._use, self.met, self.signals = use, met, signals  # for what is computed when asked
+        self._use, self.met, self.signals = use, met, signals
         eqn = use.eqn
         numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
         shared, stacked = _loops(use)
@@ -400,6 +426,11 @@ class _Convolution(Site):
     @functools.cached_property
     def rows(self):
         return self._patches(examples_first=False)
+
+    def some(self, first, size: int) -> Site:
+        """Patches are cut for them alone."""
+        met, signals = (lax.dynamic_slice_in_dim(x, first, size) for x in (self.met, self.signals))
+        return _Convolution(self._use, met, signals, self.layout.shape)
 
     def _patches(self, examples_first: bool) -> Dense:
         eqn, (shared, stacked) = self._use.eqn, _loops(self._use)
