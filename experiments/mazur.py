@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
 from rich.console import Console
 from rich.table import Table
 
@@ -130,16 +131,16 @@ def initial_weights() -> Weights:
     return Weights(jnp.asarray(HIDDEN_WEIGHTS), jnp.asarray(OUTPUT_WEIGHTS))
 
 
-def net_output(weights: Weights) -> jax.Array:
+def net_output(weights: Weights, inputs: ArrayLike = INPUTS) -> jax.Array:
     """The output neurons' net inputs, shape (2,); what it computes on the way is named."""
-    net = weights.hidden @ jnp.asarray(INPUTS) + HIDDEN_BIAS
+    net = weights.hidden @ jnp.asarray(inputs) + HIDDEN_BIAS
     hidden = checkpoint_name(jax.nn.sigmoid(checkpoint_name(net, "net h")), "h")
     return checkpoint_name(weights.output @ hidden + OUTPUT_BIAS, "net o")
 
 
-def outputs(weights: Weights) -> jax.Array:
+def outputs(weights: Weights, inputs: ArrayLike = INPUTS) -> jax.Array:
     """The two outputs, shape (2,)."""
-    return checkpoint_name(jax.nn.sigmoid(net_output(weights)), "o")
+    return checkpoint_name(jax.nn.sigmoid(net_output(weights, inputs)), "o")
 
 
 def errors(prediction: jax.Array) -> jax.Array:

@@ -217,7 +217,8 @@ class _Task(NamedTuple):
             _check_loss(loss)
 
             def back(seed):
-                cts = [ct if is_inexact(type_of(ct)) else None for ct in jax.tree.leaves(seed)]
+                moving = iter(jax.tree.leaves(seed))
+                cts = [next(moving) if is_inexact(type_of(z)) else None for z in outs[:n]]
                 cts += [None] * (len(outs) - n)
                 signals = backward(rules, program, active, tape, cts)[first:]
                 if tapped.names is None:
@@ -226,8 +227,9 @@ class _Task(NamedTuple):
                 return signals[:k], named_signals(tapped.names, notes, signals[k:])
 
             swept = []
+            example = Example(self.loss, prediction, target, key).of_moving()
             for kind in kinds:
-                seeds, signs = kind(Example(self.loss, prediction, target, key))
+                seeds, signs = kind(example)
                 n_columns = len(jax.tree.leaves(seeds)[0])
                 if signs is None:
                     signs = jnp.ones(n_columns)

@@ -18,7 +18,16 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from fbackprop import losses
-from fbackprop.program import Equation, Program, Var, inlined, program_of, trace_tree
+from fbackprop.program import (
+    Equation,
+    Program,
+    Var,
+    inlined,
+    is_inexact,
+    program_of,
+    trace_tree,
+    type_of,
+)
 from fbackprop.reverse import grad
 
 
@@ -29,6 +38,21 @@ class Example(NamedTuple):
     prediction: Any
     target: Any
     key: jax.Array | None
+
+    def of_moving(self) -> Example:
+        """The same with what has no derivative (masks, counts) made a part of the loss."""
+        leaves, structure = jax.tree.flatten(self.prediction)
+        moves = [is_inexact(type_of(leaf)) for leaf in leaves]
+        if all(moves):
+            return self
+
+        def loss(moving, target):
+            moving = iter(moving)
+            full = [next(moving) if m else leaf for m, leaf in zip(moves, leaves, strict=True)]
+            return self.loss(jax.tree.unflatten(structure, full), target)
+
+        moving = [leaf for m, leaf in zip(moves, leaves, strict=True) if m]
+        return self._replace(loss=loss, prediction=moving)
 
 
 def _check_samples(samples) -> None:

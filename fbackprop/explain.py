@@ -136,7 +136,7 @@ def _report(gradients: Gradients, leaf: int, name: str, param) -> LeafReport:
 def _uses(gradients: Gradients, weight: int, site: Site) -> list[str]:
     if site.use is None:
         return gradients.source.loose[weight]
-    kind = {"gather": "lookup", "conv_general_dilated": "convolution"}
+    kind = {"gather": "lookup", "dynamic_slice": "lookup", "conv_general_dilated": "convolution"}
     eqn = site.use.eqn
     places = "1 place" if site.places == 1 else f"{site.places} places"
     what = kind.get(eqn.primitive.name, "product")

@@ -92,8 +92,7 @@ class Group:
         if len(self.members) == 1:
             site = self.members[0].site
             if site.places == 1 or site.is_lookup:
-                squared = _lookups_squared if site.is_lookup else _products_squared
-                return self.layout.restore(squared(site.a, site.b, shares))
+                return self.layout.restore(_squares(site.a, site.b, shares))
 
         squares, _ = self._in_blocks(lambda each, s: (formed_squares(each, s), None), shares)
         return self.layout.restore(squares)
@@ -173,14 +172,14 @@ def _divisor(n: int, most: int) -> int:
     return next(k for k in range(min(n, most), 0, -1) if n % k == 0)
 
 
-def _products_squared(a: Dense, b, shares):
-    """Squares of single outer products are outer products of squares."""
-    b2 = over_columns(wide(b) ** 2, shares)
-    return contract(a.term(f="i") + ",ntgo->gio", wide(a.x) ** 2, b2)
+def _squares(a: Dense | OneHot, b, shares):
+    """Of single outer products those of the factors.
 
-
-def _lookups_squared(a: OneHot, b, shares):
-    """Places of one row add up before they are squared; each of them then counts its part."""
+    Of lookups, places of one row add up before they are squared; each then counts its part.
+    """
+    if isinstance(a, Dense):
+        b2 = over_columns(wide(b) ** 2, shares)
+        return contract(a.term(f="i") + ",ntgo->gio", wide(a.x) ** 2, b2)
     same = inner(a, a)
     sums = contract("nztug,ncugo->nctgo", same, wide(b))
     parts = jnp.maximum(jnp.sum(same, axis=3), 1)[..., None]

@@ -148,10 +148,11 @@ def _squared(x, p: Dense):
     """Σ pₜ pₜᵀ for the array x of a factor, (g, f, f)."""
     if "g" in p.axes and x.shape[p.axes.index("g")] > 1:
         return contract(f"{p.term()},{p.term(f='h')}->gfh", x, x)
+    others = math.prod(size for axis, size in zip(p.axes, x.shape, strict=True) if axis != "f")
     if p.axes[-1] == "f":
-        return _upper_and_lower(x.reshape(-1, p.size), 1)[None]
+        return _upper_and_lower(x.reshape(others, p.size), 1)[None]
     rows = x.transpose([p.axes.index("f"), *(k for k, axis in enumerate(p.axes) if axis != "f")])
-    return _upper_and_lower(rows.reshape(p.size, -1), 0)[None]
+    return _upper_and_lower(rows.reshape(p.size, others), 0)[None]
 
 
 def _upper_and_lower(x, axis: int):

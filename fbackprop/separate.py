@@ -88,12 +88,19 @@ def _is_lookup(eqn: Equation) -> bool:
     )
 
 
+def _is_row(eqn: Equation) -> bool:
+    """Whether a dynamic slice is one whole row of a table."""
+    table = eqn.in_avals[0]
+    return table.ndim > 0 and tuple(eqn.params["slice_sizes"]) == (1, *table.shape[1:])
+
+
 STRUCTURED: dict[str, Callable[[Equation, int], bool]] = {
     "dot_general": lambda eqn, operand: True,
     "conv_general_dilated": lambda eqn, operand: (
         operand == 1 and eqn.params["batch_group_count"] == 1
     ),
     "gather": lambda eqn, operand: operand == 0 and _is_lookup(eqn),
+    "dynamic_slice": lambda eqn, operand: operand == 0 and _is_row(eqn),
 }
 
 
@@ -144,6 +151,14 @@ class Separation:
                 given.update(eqn.outputs)
         self.given = given
         self._params = flow.variables - given  # move with parameters, the same for each example
+        # Computed beside those and so in the first part too, but without a derivative.
+        self._fixed = {
+            v
+            for eqn in program.equations
+            if eqn not in self._inner and any(map(self.is_param, eqn.outputs))
+            for v in eqn.outputs
+            if v not in self._params
+        }
 
         self.weights: list = []
         self.uses: list[Use] = []
@@ -154,11 +169,14 @@ class Separation:
         for eqn in self._rest:
             self._enlist(eqn)
         for v in program.outputs:
-            if self.is_param(v):
-                self._weight(v, ["returned by the model"])
+            if self.is_param(v) or self._is_fixed(v):
+                self._weight(v, ["returned by the model"] if self.is_param(v) else [])
 
     def is_param(self, v) -> bool:
         return isinstance(v, Var) and v in self._params
+
+    def _is_fixed(self, v) -> bool:
+        return isinstance(v, Var) and v in self._fixed
 
     def _is_rest(self, eqn: Equation) -> bool:
         return not any(map(self.is_param, eqn.outputs)) or eqn in self._inner
@@ -196,6 +214,8 @@ class Separation:
 
     def _enlist(self, eqn: Equation) -> None:
         """Note which weights an equation uses, and how."""
+        for v in filter(self._is_fixed, eqn.inputs):
+            self._weight(v, [])
         inner = self._inner.get(eqn)
         if inner is not None:
             places = list(map(self._weight, inner.keys, inner.loose, inner.depth))
@@ -259,7 +279,8 @@ class Separation:
     def depends(self, key, inputs: set[Var]) -> bool:
         """Whether a weight depends on any of these inputs of the program."""
         steps = self._steps_to([key])
-        return key in inputs or any(v in inputs for eqn in steps for v in eqn.inputs)
+        read = (v for eqn in steps for v in eqn.inputs if isinstance(v, Var))
+        return key in inputs or any(v in inputs for v in read)
 
     # --- second part
 

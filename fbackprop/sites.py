@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -365,13 +366,14 @@ def _product(use: Use, met, signals, weight_shape) -> Site:
 
 
 def _lookup(use: Use, met, signals, weight_shape) -> Site:
-    """Of `gather` of whole rows: indices stand for one-hot activations."""
+    """Of whole rows, by `gather` or `dynamic_slice`: indices stand for one-hot activations."""
     eqn = use.eqn
     shared, stacked = _loops(use)
     s, n_loops = len(stacked), len(use.loops)
     size = weight_shape[s]
-    indices = met[..., 0].astype(jnp.int32)  # (n, *loops, *places)
-    if eqn.params["mode"] == lax.GatherScatterMode.CLIP:
+    is_slice = eqn.primitive.name == "dynamic_slice"
+    indices = (met if is_slice else met[..., 0]).astype(jnp.int32)  # (n, *loops, *places)
+    if is_slice or eqn.params["mode"] == lax.GatherScatterMode.CLIP:
         indices = jnp.clip(indices, 0, size - 1)
     indices = jnp.where(indices < 0, size, jnp.minimum(indices, size))
     places = range(n_loops, indices.ndim - 1)
@@ -514,4 +516,9 @@ def _patches(x, at: int, eqn):
     return x
 
 
-_MAKERS = {"dot_general": _product, "gather": _lookup, "conv_general_dilated": _Convolution}
+_MAKERS: dict[str, Callable] = {
+    "dot_general": _product,
+    "gather": _lookup,
+    "dynamic_slice": _lookup,
+    "conv_general_dilated": _Convolution,
+}

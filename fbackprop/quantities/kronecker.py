@@ -29,7 +29,8 @@ class Kronecker(Quantity):
     and "reduce" the same of the mean of a over its places and the sum of b (Eschenhagen et al.
     2023, eqs. 13 and 17). A leaf of which parts are used apart (the slices of a fused projection,
     the layers of a stack) has factors for each. Leaves without structure, biases among them, have
-    no activations: a vector's B is its exact block, a matrix's rows share one B.
+    no activations: a vector's B is its exact block, a matrix's rows share one B. Where a loss is
+    concave, its curvature is left out.
 
     Attributes:
       samples: None for all columns of a root of the loss's Hessian (KFLR; Botev, Ritter and Barber

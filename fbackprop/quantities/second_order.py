@@ -157,7 +157,7 @@ class Gram(Quantity):
         $S_n S_n^T = H_n$ of the loss's Hessian and the example's weight in the loss (1/N for a
         mean): then the non-zero eigenvalues of the matrix are those of the Gauss-Newton matrix.
         C is the number of columns of the root, one less than the classes for
-        `losses.softmax_cross_entropy`.
+        `losses.softmax_cross_entropy`. Where a loss is concave, its columns are zero.
       per_leaf: whether to return a pytree like the parameters with each leaf's part.
     """
 
@@ -177,13 +177,13 @@ class Gram(Quantity):
         dots = gradients.dots(per_leaf=self.per_leaf)
         if not self.weighted:
             return dots
-        root = jnp.sqrt(gradients.shares)
+        root = jnp.sqrt(gradients.shares[:, None] * jnp.maximum(gradients.signs, 0))
         return jax.tree.map(lambda x: _on_both_sides(x, root), dots)
 
 
 def _on_both_sides(x, root):
     root = root.astype(x.dtype)
-    return x * root[:, None, None, None] * root[None, None, :, None]
+    return x * root[:, :, None, None] * root[None, None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-PARAMS = dict(allow_int=True)
-
 
 def example_gradients(case):
     """A pytree like the parameters, leaves (N, *leaf)."""
@@ -28,6 +26,11 @@ def floats(tree, like):
         return jnp.zeros(g.shape, p.dtype) if g.dtype == jax.dtypes.float0 else g
 
     return jax.tree.map(one, tree, like)
+
+
+def compiled(function):
+    """`jax.jit` for what runs once: little time is spent on making it fast."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def mean(tree):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import zoo
 from jax import lax
-from naive import assert_close
+from naive import assert_close, compiled
 
 import fbackprop as fb
 
@@ -19,7 +19,7 @@ def _double():
 
 
 def swept(case, key=None, **quantities):
-    return jax.jit(fb.sweep(case.model, case.loss, **quantities))(case.params, case.batch, key=key)
+    return compiled(fb.sweep(case.model, case.loss, **quantities))(case.params, case.batch, key=key)
 
 
 def dense(blocks):
@@ -35,7 +35,7 @@ def normal(seed, *shape):
 
 
 def one_layer(n=5, t=3):
-    """A dense layer that is shared over t positions, and a head that makes the loss's columns mix."""
+    """A dense layer that is shared over t positions."""
 
     def model(w, x):
         return jnp.tanh(x @ w).sum(0)
@@ -150,8 +150,8 @@ def test_tables_have_a_diagonal_factor_and_tied_ones_a_block_for_each_orientatio
 def test_factors_are_symmetric_and_positive_for_any_model(name):
     case = zoo.CASES[name](jax.random.key(0))
     found = swept(case, kron=fb.Kronecker())["kron"]
-    params = jax.tree.leaves(case.params)
-    for blocks, p in zip(jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, tuple)), params):
+    of_leaves = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, tuple))
+    for blocks, p in zip(of_leaves, jax.tree.leaves(case.params), strict=True):
         matrix = dense(blocks)
         assert matrix.shape == (p.size, p.size)
         assert_close(matrix, matrix.T)
@@ -245,7 +245,7 @@ def test_a_concave_loss_has_a_negative_diagonal():
         normal(0, 3, 2) + 1,
         (normal(1, 4, 3) / 9, normal(2, 4)),
     )
-    # w[0] meets itself (its first element and its second are multiplied): refused. Apart it is fine.
+    # As one parameter w meets itself, which is refused.
     apart = case._replace(
         model=lambda p, x: jax.nn.relu(x @ p["w"] + 2) * p["v"],
         params={"w": case.params[:, 0], "v": case.params[0, 1]},

@@ -8,7 +8,7 @@ import naive
 import numpy as np
 import pytest
 import zoo
-from naive import assert_close
+from naive import assert_close, compiled
 
 import fbackprop as fb
 
@@ -44,17 +44,17 @@ class Solved:
     def __init__(self, name: str):
         self.case = zoo.CASES[name](jax.random.key(0))
         sweep = fb.sweep(self.case.model, self.case.loss, **QUANTITIES)
-        self.found = jax.jit(sweep)(self.case.params, self.case.batch)
+        self.found = compiled(sweep)(self.case.params, self.case.batch)
 
     @functools.cached_property
     def gradients(self):
-        return jax.jit(lambda params, batch: naive.example_gradients(self._with(params, batch)))(
+        return compiled(lambda params, batch: naive.example_gradients(self._with(params, batch)))(
             self.case.params, self.case.batch
         )
 
     @functools.cached_property
     def jacobians(self):
-        return jax.jit(lambda params, batch: naive.jacobians(self._with(params, batch)))(
+        return compiled(lambda params, batch: naive.jacobians(self._with(params, batch)))(
             self.case.params, self.case.batch
         )
 
@@ -95,7 +95,7 @@ def test_loss(solved):
 
 
 def _rows(tree):
-    return [jax.tree.map(lambda x: x[n], tree) for n in range(zoo.N)]
+    return [jax.tree.map(lambda x, n=n: x[n], tree) for n in range(zoo.N)]
 
 
 def test_gradient_and_examples_gradients(solved):

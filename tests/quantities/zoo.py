@@ -103,11 +103,23 @@ def shapes(key):
     return regression(model, params, normal(keys[5], N, 6, 2, 5), 4, keys[6])
 
 
+def chosen_expert(key):
+    """An expert chosen by the example: a matrix and a row, each taken by one index."""
+    keys = jax.random.split(key, 5)
+    params = {"experts": normal(keys[0], 3, 4, 4), "row": normal(keys[1], 3, 4)}
+
+    def model(p, x):
+        k = jnp.argmax(x[:3])
+        return jnp.tanh(x @ p["experts"][k]) * p["row"][k]
+
+    return regression(model, params, normal(keys[2], N, 4), 4, keys[3])
+
+
 # --- convolutions -------------------------------------------------------------------------------
 
 
 def convnet(key):
-    """Strides, dilation of both kinds, groups, depthwise, a transposed convolution, other layouts."""
+    """Strides, dilations, groups, depthwise, a transposed convolution, several layouts."""
     keys = jax.random.split(key, 9)
     params = {
         "first": normal(keys[0], 3, 3, 2, 4, scale=0.4),
@@ -208,8 +220,8 @@ def scanned_transformer(key, wrap=lambda f: f):
         x = p["embedding"][tokens] + p["position"][: len(tokens)]
 
         @wrap
-        def layer(x, l):
-            return x + _attention(_norm(x, l["scale"]), l["qkv"], l["out"]), None
+        def layer(x, p):
+            return x + _attention(_norm(x, p["scale"]), p["qkv"], p["out"]), None
 
         x, _ = lax.scan(layer, x, p["layers"])
         return x @ p["embedding"].T
@@ -225,7 +237,7 @@ def remat_transformer(key):
 
 
 def sliced_stack(key):
-    """The stack unrolled by slices, fused projections, a slice's transpose, an index out of range."""
+    """A stack unrolled by slices, one transposed; fused projections; an index out of range."""
     keys = jax.random.split(key, 6)
     params = {
         "layers": normal(keys[0], 3, 4, 4),
@@ -375,7 +387,7 @@ def nested_vmap(key):
 
 
 def several_outputs(key):
-    """A prediction that is a pytree, one part of it of the parameters alone; a loss of one's own."""
+    """A prediction that is a pytree, in part of parameters alone; a loss of one's own."""
     keys = jax.random.split(key, 6)
     params = {
         "w": normal(keys[0], 3, 4),
@@ -405,8 +417,9 @@ def _case(make):
 CASES = {
     make.__name__: _case(make)
     for make in (
-        mlp, deep_linear, tied_linear, relu_net, shapes, convnet, conv1d_scanned, resnet, transformer,
-        scanned_transformer, remat_transformer, sliced_stack, lstm, rnn, parameters_in_the_carry,
+        mlp, deep_linear, tied_linear, relu_net, shapes, chosen_expert, convnet, conv1d_scanned,
+        resnet, transformer, scanned_transformer, remat_transformer, sliced_stack, lstm, rnn,
+        parameters_in_the_carry,
         low_rank, weight_norm, stacked_in_python, control_flow, nested_vmap, several_outputs,
     )
 }  # fmt: skip
