@@ -36,7 +36,7 @@ def examples_of(batch, further, weights, key, takes_key: bool, like=None) -> Exa
         )
     x, y = batch
     n = length((x, y, *further), weights)
-    keys = (None, None) if key is None else [jax.random.split(k, n) for k in jax.random.split(key)]
+    keys = (None, None) if key is None else jax.random.split(key, (2, n))
     inputs = (x, *further, keys[0]) if takes_key else (x, *further)
     if like is not None and one_of(inputs) != one_of(like):
         raise ValueError(
