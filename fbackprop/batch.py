@@ -17,7 +17,7 @@ from jax import lax
 from fbackprop.columns import Example
 from fbackprop.examples import Examples, examples_of, length, total_weight
 from fbackprop.gradients import Gradients
-from fbackprop.model import Tapped, check_params, takes_key, tapped_model
+from fbackprop.model import Tapped, check_params, needs_key, takes_key, tapped_model
 from fbackprop.passes import backward, forward
 from fbackprop.program import as_array, is_inexact, type_of
 from fbackprop.quantities.base import Quantity
@@ -39,7 +39,8 @@ def sweep(
 
     Args:
       model: ``model(params, x)`` to the prediction for ONE example, both any pytrees; it may take
-        further inputs of the example after `x`, and a random `key` by that name.
+        further inputs of the example after `x`, and a random `key` by that name, which each
+        example has of its own.
       loss: ``loss(prediction, y)`` of one example, a scalar.
       reduction: "mean" (Σ wₙ ℓₙ / Σ wₙ) or "sum" (Σ wₙ ℓₙ) over examples, for the loss, the
         gradient and the curvature.
@@ -81,18 +82,18 @@ def sweep(
             raise TypeError(
                 f"{name}={quantity!r} is not a quantity: give an instance, such as fb.Gradient()"
             )
-    has_key = takes_key(model)
     rules = STRICT if strict else DEFAULT
 
     def run(params, batch, *further, weights=None, key=None):
         check_params(params)
         draws = [name for name, q in quantities.items() if q.needs_key]
-        if key is None and (has_key or draws):
+        if key is None and (needs_key(model) or draws):
             who = f"the quantity {draws[0]!r} samples" if draws else "the model takes a key"
             raise ValueError(f"{who}: pass key=, a jax.random.key, to the sweep")
+        has_key = key is not None and takes_key(model)
         examples = examples_of(batch, further, weights, key, has_key)
         names = any(q.names for q in quantities.values())
-        tapped = tapped_model(model, params, examples.inputs, rules, names)
+        tapped = tapped_model(model, params, examples.inputs, rules, has_key, names)
         total = 1.0 if reduction == "mean" else total_weight(weights, len(examples.shares))
         even = 1 / len(examples.shares) if weights is None else None
         task = _Task(tapped, loss, quantities, params, total, even, set())
@@ -108,14 +109,14 @@ def sweep(
 
 def sites_of(model: Callable, params, inputs: tuple) -> Gradients:
     """The sites of a model on a batch of inputs, for a column of no meaning: to see shapes."""
-    n = length(inputs, None)
-    if takes_key(model):
+    n, has_key = length(inputs, None), needs_key(model)
+    if has_key:
         inputs = (*inputs, jax.random.split(jax.random.key(0), n))
 
     def column(example: Example):
         return jax.tree.map(lambda z: z[None], example.prediction), None
 
-    tapped = tapped_model(model, params, inputs, DEFAULT)
+    tapped = tapped_model(model, params, inputs, DEFAULT, has_key)
     task = _Task(tapped, lambda prediction, target: 0.0, {}, params, 1.0, 1 / n, set())
     _, (swept,) = task.sweep(Examples(inputs, None, None, jnp.ones(n) / n), [column])
     return task.gradients(swept, column)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -53,9 +53,16 @@ class Tapped(NamedTuple):
         ]
 
 
-def tapped_model(model: Callable, params, inputs: tuple, rules, names: bool = False) -> Tapped:
-    """Trace a model for one of the examples whose batch is `inputs`; its key comes last."""
-    has_key = takes_key(model)
+def tapped_model(
+    model: Callable, params, inputs: tuple, rules, has_key: bool, names: bool = False
+) -> Tapped:
+    """Trace a model for one of the examples whose batch is `inputs`.
+
+    Args:
+      model, params, inputs, rules: as their names say.
+      has_key: whether the last of the inputs is the model's key.
+      names: whether error signals of named values are wanted.
+    """
 
     def call(params, x, *further):
         if has_key:
@@ -111,14 +118,20 @@ def _nudge(aval, shape):
 
 def takes_key(model) -> bool:
     """Whether a model has a parameter called key."""
-    return "key" in _parameters(model)
+    return _key_of(model) is not None
 
 
-def _parameters(model) -> Mapping:
+def needs_key(model) -> bool:
+    """Whether a model has a parameter called key, without a default."""
+    key = _key_of(model)
+    return key is not None and key.default is inspect.Parameter.empty
+
+
+def _key_of(model) -> inspect.Parameter | None:
     try:
-        return inspect.signature(model).parameters
-    except (TypeError, ValueError):
-        return {}
+        return inspect.signature(model).parameters.get("key")
+    except (TypeError, ValueError):  # what Python cannot look into has none
+        return None
 
 
 def check_params(params):

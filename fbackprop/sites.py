@@ -73,6 +73,9 @@ def _merged(x, axis: int):
 
 def over_columns(x, shares):
     """Σ𝒸 shares[n, c] x[n, c, …], (n, …)."""
+    if x.shape[1] == 1:  # as a matrix, which XLA can overwrite
+        scaled = x.reshape(len(x), math.prod(x.shape[1:])) * shares.astype(x.dtype)
+        return scaled.reshape(len(x), *x.shape[2:])
     shares = shares.astype(x.dtype).reshape(*shares.shape, *(1,) * (x.ndim - 2))
     return jnp.sum(x * shares, axis=1)
 
@@ -141,8 +144,6 @@ def inner(p: Dense | OneHot, q: Dense | OneHot):
     if isinstance(q, OneHot):
         return inner(q, p).transpose(0, 1, 3, 2, 4)
     assert isinstance(p, Dense)
-    if p.places == q.places == 1:
-        return jnp.sum(wide(p.ordered()) * wide(q.ordered()), axis=-1)[:, :, :, None]
     return contract(f"{p.term()},{q.term(t='u')}->nctug", wide(p.x), wide(q.x))
 
 

@@ -43,7 +43,8 @@ def mean(tree):
 
 
 def flat_prediction(case, params, x):
-    return ravel_pytree(case.model(params, x))[0]
+    """What of a prediction has a derivative, as a vector."""
+    return ravel_pytree(divide(case.model(params, x))[0])[0]
 
 
 def jacobians(case):
@@ -80,8 +81,9 @@ def hessians(case):
     x, y = case.batch
 
     def one(x, y):
-        z, unravel = ravel_pytree(case.model(case.params, x))
-        return jax.hessian(lambda z: case.loss(unravel(z), y))(z)
+        moving, fixed, join = divide(case.model(case.params, x))
+        z, unravel = ravel_pytree(moving)
+        return jax.hessian(lambda z: case.loss(join(unravel(z), fixed), y))(z)
 
     return jax.vmap(one)(x, y)
 

@@ -189,6 +189,39 @@ def test_each_example_has_its_own_key_and_further_inputs():
     assert_close(found, expected)
 
 
+def test_a_key_with_a_default_may_be_left_out():
+    def model(w, x, key=None):
+        noise = 0 if key is None else jax.random.normal(key, x.shape)
+        return (x + noise) @ w
+
+    w, x, y = jnp.ones((3, 2)), jnp.ones((4, 3)), jnp.zeros((4, 2))
+    run = compiled(fb.sweep(model, fb.losses.squared_error, each=fb.ExampleGradients()))
+    calm, noisy = run(w, (x, y))["each"], run(w, (x, y), key=jax.random.key(0))["each"]
+    assert_close(calm, jnp.full((4, 3, 2), 3.0))
+    assert len(set(noisy.reshape(4, -1).sum(1).tolist())) == 4
+
+
+def test_models_may_close_over_traced_values():
+    def norms(scale, w, x):
+        run = fb.sweep(lambda w, x: scale * (x @ w), fb.losses.squared_error, n=fb.ExampleNorms())
+        return run(w, (x, jnp.zeros((4, 2))))["n"]
+
+    w, x, scales = jnp.ones((3, 2)), jnp.ones((4, 3)), jnp.array([1.0, 2.0])
+    found = compiled(jax.vmap(norms, (0, None, None)))(scales, w, x)
+    assert_close(found[1], 16 * found[0])
+    slope = compiled(jax.grad(lambda s: norms(s, w, x).sum()))(1.0)
+    assert_close(slope, 4 * found[0].sum())
+
+
+def test_targets_may_be_absent():
+    def loss(z, _):
+        return jnp.sum(z**2) / 2
+
+    w, x = jnp.ones((3, 2)), jnp.arange(6.0).reshape(2, 3)
+    found = compiled(fb.sweep(lambda w, x: x @ w, loss, each=fb.ExampleGradients()))(w, (x, None))
+    assert_close(found["each"], jnp.einsum("ni,no->nio", x, x @ w))
+
+
 # --- wrong arguments ------------------------------------------------------------------------------
 
 

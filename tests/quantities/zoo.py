@@ -333,6 +333,46 @@ def stacked_in_python(key):
 # --- control flow and custom rules ------------------------------------------------------------
 
 
+def bodies_of_parameters(key):
+    """Bodies for parameters alone within a loop; indices computed beside a parameter."""
+    keys = jax.random.split(key, 6)
+    params = {
+        "stack": normal(keys[0], 2, 3, 3),
+        "values": normal(keys[1], 5),
+        "places": jnp.array([[0, 1], [2, 2], [1, 0], [0, 0], [2, 1]]),
+    }
+    scaled = jax.jit(lambda a, times: times * a)
+    turned = jax.jit(lambda places, values: (places[:, ::-1], values**2))
+
+    def model(p, x):
+        def step(h, a):
+            half, _ = lax.scan(lambda c, _: (c / 2, None), a, None, length=1)
+            solved = jnp.linalg.solve(jnp.eye(3) + half / 4, jnp.eye(3))
+            return jnp.tanh(h @ scaled(solved, 2.0)), None
+
+        h, _ = lax.scan(step, x, p["stack"])
+        places, values = turned(p["places"], p["values"])
+        return jnp.zeros(3).at[places[:, 0]].add(values * h[places[:, 1]])
+
+    return regression(model, params, normal(keys[2], N, 3), 3, keys[3])
+
+
+def masked_prediction(key):
+    """A prediction that holds a mask and a choice, on which the loss depends."""
+    keys = jax.random.split(key, 4)
+    params = {"w": normal(keys[0], 3, 4)}
+
+    def model(p, x):
+        z = x @ p["w"]
+        return {"best": jnp.argmax(z), "z": z, "positive": z > 0}
+
+    def loss(prediction, y):
+        z = jnp.where(prediction["positive"], prediction["z"], 2 * prediction["z"])
+        return jnp.sum((z - y) ** 2) + z[prediction["best"]] ** 2
+
+    return Case(model, loss, params, (normal(keys[1], N, 3), normal(keys[2], N, 4)))
+
+
 @jax.custom_jvp
 def _cube(w, x):
     return (w @ x) ** 3
@@ -420,6 +460,7 @@ CASES = {
         mlp, deep_linear, tied_linear, relu_net, shapes, chosen_expert, convnet, conv1d_scanned,
         resnet, transformer, scanned_transformer, remat_transformer, sliced_stack, lstm, rnn,
         parameters_in_the_carry,
-        low_rank, weight_norm, stacked_in_python, control_flow, nested_vmap, several_outputs,
+        low_rank, weight_norm, stacked_in_python, control_flow, bodies_of_parameters,
+        masked_prediction, nested_vmap, several_outputs,
     )
 }  # fmt: skip
