@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import benchmark, quantity_benchmark
-from experiments.quantity_benchmark import ALONE, BY_JAX, NETWORKS, QUANTITIES, WITH_GRADIENT, Case
+from experiments import benchmark, quantity_benchmark, quantity_programs
+from experiments.quantity_benchmark import ALONE, BY_JAX, WITH_GRADIENT
+from experiments.quantity_programs import NETWORKS, QUANTITIES, Case
 
 MEASURED = ("example-norms", "kfac")
 TINY = Case("mlp", {"widths": (5, 4, 3)}, 6, MEASURED)
@@ -85,29 +86,29 @@ def test_wrong_numbers_are_found(name, monkeypatch):
         def finish(self, found):
             return jax.tree.map(lambda x: 2 * x, super().finish(found))
 
-    problem = quantity_benchmark.build(TINY)
-    quantity_benchmark.check([name], TINY, problem)
+    problem = quantity_programs.build(TINY)
+    quantity_programs.check([name], TINY, problem)
     quantity = QUANTITIES[name]
     doubled = Doubled(**{f: getattr(quantity, f) for f in quantity.__dataclass_fields__})
     monkeypatch.setitem(QUANTITIES, name, doubled)
     with pytest.raises(AssertionError, match=name):
-        quantity_benchmark.check([name], TINY, problem)
+        quantity_programs.check([name], TINY, problem)
 
 
 def test_every_quantity_of_every_network_is_known():
     for case in NETWORKS.values():
         assert set(case.quantities) <= {*QUANTITIES, "everything"}
-        assert all(quantity_benchmark.members(quantity, case) for quantity in case.quantities)
+        assert all(quantity_programs.members(quantity, case) for quantity in case.quantities)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["mlp", "mlp-256", "convnet", "transformer"])
 def test_quantities_of_every_network_are_right(network):
     case = NETWORKS[network]
-    problem = quantity_benchmark.build(case)
+    problem = quantity_programs.build(case)
     names = [name for name in case.quantities if name != "everything"]
     with jax.numpy_rank_promotion("allow"):
-        quantity_benchmark.check(names, case, problem)
+        quantity_programs.check(names, case, problem)
 
 
 def test_pytorch_has_the_same_networks():
@@ -119,7 +120,7 @@ def test_pytorch_has_the_same_networks():
         make, inputs, labels = torch_quantities.build(
             {"family": case.family, "sizes": case.sizes, "batch": case.batch}
         )
-        ours = quantity_benchmark.build(case)
+        ours = quantity_programs.build(case)
         sizes = jax.tree.map(jnp.size, jax.tree.leaves(ours.params))
         assert sum(p.numel() for p in make().parameters()) == sum(sizes)
         assert (len(inputs), tuple(labels.shape)) == (case.batch, ours.batch[1].shape)
