@@ -16,6 +16,7 @@ from fbackprop.check import GradientReport as GradientReport
 from fbackprop.check import GradientRow as GradientRow
 from fbackprop.check import assert_grads_match as assert_grads_match
 from fbackprop.check import check_grads as check_grads
+from fbackprop.columns import Example as Example
 from fbackprop.columns import HessianRoot as HessianRoot
 from fbackprop.columns import Labels as Labels
 from fbackprop.columns import LossGradient as LossGradient

@@ -55,8 +55,7 @@ def sweep(
       quantities that sample. It may be jit-ted, and mapped over by `vmap`.
 
     Raises:
-      ValueError: for a batch whose leading axes differ, a loss that is no scalar, a quantity named
-        "loss", or a missing key.
+      ValueError: for a batch whose leading axes differ, a loss that is no scalar, or a missing key.
       TypeError: for what is no quantity, or parameters that are not real arrays.
 
     Example:
@@ -76,8 +75,6 @@ def sweep(
     if chunk is not None and not (isinstance(chunk, int) and chunk > 0):
         raise ValueError(f"chunk={chunk}: give a whole number of examples, at least one")
     for name, quantity in quantities.items():
-        if name == "loss":
-            raise ValueError('a quantity cannot be named "loss": the loss has that name')
         if not isinstance(quantity, Quantity):
             raise TypeError(
                 f"{name}={quantity!r} is not a quantity: give an instance, such as fb.Gradient()"
@@ -281,7 +278,8 @@ class _Task(NamedTuple):
             shapes, _ = jax.eval_shape(lambda e: self._divided(self._piece(e)), first)
             start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             sums, each = lax.scan(step, start, stacked)
-            pieces.append((sums, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), each)))
+            rows = jax.tree.map(lambda x: x.reshape(full * chunk, *x.shape[2:]), each)
+            pieces.append((sums, rows))
         if rest:
             last = jax.tree.map(lambda x: x[full * chunk :], examples)
             pieces.append(self._divided(self._piece(last)))

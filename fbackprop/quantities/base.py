@@ -16,7 +16,9 @@ class Quantity:
 
     Attributes:
       columns: what is sent back from each example's prediction: `LossGradient()`, `Outputs()`,
-        `HessianRoot(samples)` or `Labels(samples)`.
+        `HessianRoot(samples)`, `Labels(samples)`, or a function of an `Example` that returns columns
+        (a pytree like the prediction with an axis of columns in front) and their signs (None where
+        all are positive). Quantities with equal columns share them.
       over: how the results of two pieces of a batch make one: "sum" (they are added), "examples"
         (they have a leading axis of examples and are put in a row), or "pairs" (they cannot be
         joined: `extract` sees the sites of the whole batch at once).
@@ -48,7 +50,7 @@ class Quantity:
     @property
     def needs_key(self) -> bool:
         """Whether random numbers are needed."""
-        return self.columns.needs_key
+        return getattr(self.columns, "needs_key", False)
 
     def extract(self, gradients: Gradients) -> Any:
         """The result for some examples, a pytree of arrays.

@@ -306,6 +306,27 @@ def test_many_gradients_are_formed_a_few_at_a_time(monkeypatch):
     assert_close(swept(case, **quantities), expected, 1e-12)
 
 
+def test_columns_of_ones_own():
+    """Rows of the Jacobian for two of the outputs only."""
+
+    class Norms(fb.Quantity):
+        over = "examples"
+
+        @property
+        def columns(self):
+            return first_two
+
+        def extract(self, gradients):
+            return gradients.norms()
+
+    def first_two(example):
+        return jnp.eye(len(example.prediction))[:2], None
+
+    case = zoo.CASES["mlp"](jax.random.key(0))
+    found = swept(case, two=Norms(), all=fb.JacobianNorms())
+    assert_close(found["two"], found["all"][:, :2])
+
+
 # --- quantities of one's own ----------------------------------------------------------------------
 
 
