@@ -39,6 +39,7 @@ NOTES = {
     "recorded_jvp": "a custom rule that ran on values, while the function was watched",
     "recorded_vjp": "a custom rule that ran on values, while the function was watched",
     "swap": _REFERENCE,
+    "tap": "a place to read a cotangent, in records and in sweeps of a batch",
     "to_edtype": f"extended dtypes: {_AUTHORS_RULE}",
     "while": "its number of iterations is not known; use scan, or fori_loop with static bounds",
 }

@@ -852,8 +852,7 @@ _MODULES = """
 def all_primitives() -> list[Primitive]:
     """The primitives of this JAX, and those that others gave a forward-mode rule."""
     named = _primitives_by_name()
-    others = (p for p in ad.primitive_jvps if p.name not in named and p is not TAP)
-    return [*named.values(), *others]
+    return [*named.values(), *(p for p in ad.primitive_jvps if p.name not in named)]
 
 
 def has_forward_rule(primitive: Primitive) -> bool:
