@@ -66,7 +66,12 @@ class Solved:
         return self.case._replace(params=params, batch=batch)
 
 
-@pytest.fixture(scope="module", params=zoo.CASES)
+def _on_one_worker(name: str):
+    """What is computed of a case serves all its tests."""
+    return pytest.param(name, marks=pytest.mark.xdist_group(name))
+
+
+@pytest.fixture(scope="module", params=map(_on_one_worker, zoo.CASES))
 def solved(request):
     with jax.enable_x64(True):
         return Solved(request.param)
