@@ -66,17 +66,6 @@ class Solved:
         return self.case._replace(params=params, batch=batch)
 
 
-def _on_one_worker(name: str):
-    """What is computed of a case serves all its tests."""
-    return pytest.param(name, marks=pytest.mark.xdist_group(name))
-
-
-@pytest.fixture(scope="module", params=map(_on_one_worker, zoo.CASES))
-def solved(request):
-    with jax.enable_x64(True):
-        return Solved(request.param)
-
-
 def flat(tree):
     """Leaves (N, C, *leaf) side by side, (N, C, P)."""
     return jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in jax.tree.leaves(tree)], -1)
@@ -90,7 +79,7 @@ def total(tree):
     return sum(jax.tree.leaves(tree))
 
 
-def test_loss(solved):
+def check_loss(solved):
     case = solved.case
     losses = [
         case.loss(case.model(case.params, x), y)
@@ -103,18 +92,18 @@ def _rows(tree):
     return [jax.tree.map(lambda x, n=n: x[n], tree) for n in range(zoo.N)]
 
 
-def test_gradient_and_examples_gradients(solved):
+def check_gradient_and_examples_gradients(solved):
     assert_close(solved.found["each"], solved.gradients)
     assert_close(solved.found["gradient"], naive.mean(solved.gradients))
 
 
-def test_norms(solved):
+def check_norms(solved):
     norms = norms_of(solved.gradients)
     assert_close(solved.found["norms"], total(norms))
     assert_close(solved.found["leaf_norms"], norms)
 
 
-def test_clipped(solved):
+def check_clipped(solved):
     norms = norms_of(solved.gradients)
 
     def clipped(g, squared, max_norm):
@@ -127,7 +116,7 @@ def test_clipped(solved):
     assert_close(solved.found["leaf_clipped"], naive.floats(expected, solved.case.params))
 
 
-def test_moments(solved):
+def check_moments(solved):
     second = naive.mean(jax.tree.map(lambda g: g**2, solved.gradients))
     assert_close(solved.found["second_moment"], second)
     variance = jax.tree.map(lambda g: jnp.var(g, axis=0), solved.gradients)
@@ -137,18 +126,18 @@ def test_moments(solved):
     np.testing.assert_allclose(solved.found["noise"], noise, rtol=1e-8)
 
 
-def test_dots(solved):
+def check_dots(solved):
     g = jnp.concatenate([x.reshape(zoo.N, -1) for x in jax.tree.leaves(solved.gradients)], axis=-1)
     assert_close(solved.found["dots"], g @ g.T)
 
 
-def test_gram_and_jacobian_norms(solved):
+def check_gram_and_jacobian_norms(solved):
     j = flat(solved.jacobians)
     assert_close(solved.found["gram"], jnp.einsum("ncp,mdp->ncmd", j, j))
     assert_close(solved.found["jacobian_norms"], jnp.sum(j**2, axis=-1))
 
 
-def test_curvature(solved):
+def check_curvature(solved):
     h = solved.hessians
 
     def block(j):
@@ -166,12 +155,12 @@ def test_curvature(solved):
     assert_close(solved.found["diagonal"], naive.mean(naive.floats(diagonals, solved.case.params)))
 
 
-def test_eigenvalues_of_the_weighted_gram(solved):
+def check_eigenvalues_of_the_weighted_gram(solved):
     j, (n, c) = flat(solved.jacobians), solved.hessians.shape[:2]
     values, vectors = jnp.linalg.eigh(solved.hessians)
     root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None]
-    if jnp.min(values) < -1e-12:
-        pytest.skip("a loss that is concave somewhere has no real root of its Hessian")
+    if jnp.min(values) < -1e-12:  # a loss that is concave somewhere: its Hessian has no real root
+        return
     rows = jnp.einsum("ncd,ncp->ndp", root, j).reshape(n * c, -1) / n**0.5
     expected = jnp.linalg.svd(rows, compute_uv=False) ** 2
     gram = solved.found["weighted_gram"]
@@ -179,3 +168,24 @@ def test_eigenvalues_of_the_weighted_gram(solved):
     k = min(len(found), len(expected))
     assert_close(found[:k], expected[:k])
     assert_close(found[k:], 0 * found[k:])
+
+
+CHECKS = (
+    check_loss,
+    check_gradient_and_examples_gradients,
+    check_norms,
+    check_clipped,
+    check_moments,
+    check_dots,
+    check_gram_and_jacobian_norms,
+    check_curvature,
+    check_eigenvalues_of_the_weighted_gram,
+)
+
+
+@pytest.mark.parametrize("name", zoo.CASES)
+def test_quantities(name):
+    """All of a model's, from one sweep."""
+    solved = Solved(name)
+    for check in CHECKS:
+        check(solved)
