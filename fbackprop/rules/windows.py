@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from jax import lax
 
@@ -85,11 +87,12 @@ def _window_extremum(select: str, combine, worst: float):
 
 
 def _tiles(eqn) -> bool:
-    """Whether the windows lie side by side, as in most pooling."""
+    """Whether the windows lie side by side and are small, as in most pooling."""
     p = eqn.params
     plain = (*p["window_dilation"], *p["base_dilation"])
     return (
         p["window_dimensions"] == p["window_strides"]
+        and math.prod(p["window_dimensions"]) <= 64  # each place in a window is an operation
         and not any(low or high for low, high in p["padding"])
         and all(d == 1 for d in plain)
         and eqn.out_avals[0].size > 0
