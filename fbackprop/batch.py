@@ -200,7 +200,7 @@ class _Task(NamedTuple):
         """The examples' losses, and what each kind of columns leaves of them."""
         tapped = self.tapped
         rules, program, n = tapped.part.rules, tapped.program, tapped.structure.num_leaves
-        n_uses = len(tapped.part.uses)
+        n_uses, n_taps = len(tapped.part.uses), tapped.part.n_taps
         params = _leaves(self.params)
         weights, nudges = tapped.source.weights(params), tapped.nudges()
         first = len(program.inputs) - len(nudges)
@@ -221,8 +221,7 @@ class _Task(NamedTuple):
                 signals = backward(rules, program, active, tape, cts)[first:]
                 if tapped.names is None:
                     return signals, {}
-                k = len(signals) - len(jax.tree.leaves(tapped.names.nudges()))
-                return signals[:k], named_signals(tapped.names, notes, signals[k:])
+                return signals[:n_taps], named_signals(tapped.names, notes, signals[n_taps:])
 
             swept = []
             example = Example(self.loss, prediction, target, key).of_moving()

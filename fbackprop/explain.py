@@ -126,7 +126,7 @@ def _report(gradients: Gradients, leaf: int, name: str, param) -> LeafReport:
     gradient = sum(map(cost_of_forming, sites))
     norm = gradient
     if groups is not None:
-        norm = sum(min(group.cost_of_comparing, group.cost_of_forming) for group in groups)
+        norm = sum(group.cost_of_norm for group in groups)
     return LeafReport(
         name, jnp.shape(param), tuple(dict.fromkeys(uses)), groups is None and bool(used),
         sum(map(_held, sites)), int(norm), int(gradient),

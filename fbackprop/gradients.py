@@ -271,8 +271,8 @@ class Source(NamedTuple):
 
 
 @memoized
-def _source(program: Program, part: Separation, rules: Rules, moving: tuple[bool, ...]) -> Source:
-    n = len(moving)
+def _source(program: Program, part: Separation, moving: tuple[bool, ...]) -> Source:
+    n, rules = len(moving), part.rules
     rest = [None] * (len(program.inputs) - n)
     first = trace(lambda *params: part.prepare([*params, *rest]), program.in_avals[:n])
     first = inlined(first)
@@ -283,7 +283,7 @@ def _source(program: Program, part: Separation, rules: Rules, moving: tuple[bool
 def source_of(part: Separation, n_params: int) -> Source:
     """How a model's weights come from its parameters, the first inputs of its program."""
     moving = tuple(is_inexact(aval) for aval in part.program.in_avals[:n_params])
-    return _source(part.program, part, part.rules, moving)
+    return _source(part.program, part, moving)
 
 
 def _sum(leaves: Sequence, shape):

@@ -76,7 +76,7 @@ class Group:
 
     def norms(self):
         """Squared norms, (n, c)."""
-        if self.cost_of_comparing > self.cost_of_forming:
+        if self._cost_of_comparing > self._cost_of_forming:
             return self._in_blocks(lambda each, shares: (None, formed_norms(each)))[1]
         total: Any = 0.0
         for k, p in enumerate(self.members):
@@ -147,8 +147,13 @@ class Group:
         return total, jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), own)
 
     @property
-    def cost_of_comparing(self) -> float:
-        """Multiplications per example and column for a norm if places are compared with places."""
+    def cost_of_norm(self) -> float:
+        """Multiplications per example and column for a norm."""
+        return min(self._cost_of_comparing, self._cost_of_forming)
+
+    @property
+    def _cost_of_comparing(self) -> float:
+        """The same if places are compared with places."""
         total = 0.0
         for p, q in itertools.product(self.members, self.members):
             g, i, o = p.site.layout.sizes
@@ -157,8 +162,8 @@ class Group:
         return total
 
     @property
-    def cost_of_forming(self) -> float:
-        """Multiplications per example and column for a norm if the gradient is formed."""
+    def _cost_of_forming(self) -> float:
+        """The same if the gradient is formed."""
         return sum(cost_of_forming(placed.site) for placed in self.members)
 
 

@@ -99,7 +99,7 @@ def _tap(program: Program, structure, n_params: int, rules, names: bool) -> Tapp
         [_nudge(use.eqn.out_avals[0], use.nudge_shape) for use in part.uses],
         [_nudge(a, a.shape) for a, loose in zip(avals, part.loose, strict=True) if loose],
     )
-    n = len(part.uses) + sum(map(bool, part.loose))
+    n = part.n_taps
     if not names:
         return Tapped(part, source, tapped, structure, n, None)
     active = tuple(i >= len(tapped.inputs) - n for i in range(len(tapped.inputs)))

@@ -105,7 +105,10 @@ STRUCTURED: dict[str, Callable[[Equation, int], bool]] = {
 
 
 def _grows(eqn: Equation) -> bool:
-    """Whether an equation makes more of its first operand, so that the operand is the weight."""
+    """Whether an equation makes more of its first operand, so that the operand is the weight.
+
+    Broadcasts and lookups do.
+    """
     grown = eqn.out_avals[0].size > eqn.in_avals[0].size
     return eqn.primitive.name == "gather" or (eqn.primitive.name == "broadcast_in_dim" and grown)
 
@@ -119,7 +122,33 @@ def separate(program: Program, rules: Rules, moving: Mask, data: Mask) -> Separa
     return Separation(program, rules, moving, data)
 
 
-class Separation:
+class _Weights:
+    """Weights, each listed once.
+
+    Attributes:
+      weights: what names each of them.
+      loose: for each its uses without structure, described; it is nudged itself if there are any.
+      depth: for each how many loops it comes stacked for.
+    """
+
+    def __init__(self):
+        self.weights: list = []
+        self.loose: list[list[str]] = []
+        self.depth: list[int] = []
+
+    def enlist(self, key, loose: list[str], depth: int = 0) -> int:
+        """List a weight, with further uses if it is there already; returns its place."""
+        if key not in self.weights:
+            self.weights.append(key)
+            self.loose.append([])
+            self.depth.append(depth)
+        i = self.weights.index(key)
+        self.loose[i] += loose
+        self.depth[i] = min(self.depth[i], depth)
+        return i
+
+
+class Separation(_Weights):
     """A program split into what computes weights and what meets data.
 
     Args:
@@ -132,11 +161,10 @@ class Separation:
       weights: for each weight the variable that it is, or (equation, k) for the k-th weight that
         the first part of an equation's body computes.
       uses: the uses with structure, in the order in which `meet` returns what they met.
-      loose: for each weight its uses without, described; it is nudged itself if there are any.
-      depth: for each weight how many loops it comes stacked for.
     """
 
     def __init__(self, program: Program, rules: Rules, moving: Mask, data: Mask):
+        super().__init__()
         self.program, self.rules = program, rules
         flow = activity(program, rules, moving)
         given = {v for v, d in zip(program.inputs, data, strict=True) if d}
@@ -160,17 +188,19 @@ class Separation:
             if v not in self._params
         }
 
-        self.weights: list = []
         self.uses: list[Use] = []
-        self.loose: list[list[str]] = []
-        self.depth: list[int] = []
         late = self._late()
         self._rest = [eqn for eqn in program.equations if self._is_rest(eqn) or eqn in late]
         for eqn in self._rest:
-            self._enlist(eqn)
+            self._note(eqn)
         for v in program.outputs:
             if self.is_param(v) or self._is_fixed(v):
-                self._weight(v, ["returned by the model"] if self.is_param(v) else [])
+                self.enlist(v, ["returned by the model"] if self.is_param(v) else [])
+
+    @property
+    def n_taps(self) -> int:
+        """How many nudges there are: one for each use, and one for each weight with loose uses."""
+        return len(self.uses) + sum(map(bool, self.loose))
 
     def is_param(self, v) -> bool:
         return isinstance(v, Var) and v in self._params
@@ -191,37 +221,27 @@ class Separation:
                     users.setdefault(v, []).append(eqn)
         returned = set(v for v in self.program.outputs if isinstance(v, Var))
         for eqn in reversed(self.program.equations):
-            if self._is_rest(eqn) or eqn.primitive.name not in ("broadcast_in_dim", "gather"):
+            if self._is_rest(eqn) or not _grows(eqn):
                 continue
             (out,) = eqn.outputs
             readers = users.get(out, [])
             met = all((self._is_rest(e) and e not in self._inner) or e in late for e in readers)
-            if _grows(eqn) and met and out not in returned:
+            if met and out not in returned:
                 late.add(eqn)
         # What they make is met by data, not computed from parameters alone.
         self._params = self._params - {v for eqn in late for v in eqn.outputs}
         return late
 
-    def _weight(self, key, loose: list[str], depth: int = 0) -> int:
-        if key not in self.weights:
-            self.weights.append(key)
-            self.loose.append([])
-            self.depth.append(depth)
-        i = self.weights.index(key)
-        self.loose[i] += loose
-        self.depth[i] = min(self.depth[i], depth)
-        return i
-
-    def _enlist(self, eqn: Equation) -> None:
+    def _note(self, eqn: Equation) -> None:
         """Note which weights an equation uses, and how."""
         for v in filter(self._is_fixed, eqn.inputs):
-            self._weight(v, [])
+            self.enlist(v, [])
         inner = self._inner.get(eqn)
         if inner is not None:
-            places = list(map(self._weight, inner.keys, inner.loose, inner.depth))
+            places = list(map(self.enlist, inner.weights, inner.loose, inner.depth))
             self.uses += [use._replace(weight=places[use.weight]) for use in inner.uses]
             for v in inner.changing:
-                self._weight(v, [f"changed from step to step of a loop at {eqn.source}"])
+                self.enlist(v, [f"changed from step to step of a loop at {eqn.source}"])
             return
         found = [i for i, v in enumerate(eqn.inputs) if self.is_param(v)]
         operand = self._structured(eqn, found)
@@ -229,7 +249,7 @@ class Separation:
             # What has no derivative (a comparison, a stopped gradient) needs no nudge.
             is_loose = operand is None and self._moves(eqn)
             described = [f"{eqn.primitive} at {eqn.source}"] if is_loose else []
-            weight = self._weight(eqn.inputs[i], described)
+            weight = self.enlist(eqn.inputs[i], described)
             if i == operand:
                 self.uses.append(Use(eqn, i, weight))
 
@@ -307,7 +327,7 @@ class Separation:
                 inner = self._inner[eqn]
                 operands = [env.get(v) if self.is_param(v) else read(env, v) for v in eqn.inputs]
                 pieces = list(itertools.islice(remaining, len(inner.uses)))
-                outs, met = inner.meet([mine[key] for key in inner.keys], operands, pieces)
+                outs, met = inner.meet([mine[key] for key in inner.weights], operands, pieces)
                 seen += met
             elif eqn in at:
                 use = at[eqn]
@@ -326,26 +346,23 @@ class Separation:
 # --- equations that hold programs ----------------------------------------------------------------
 
 
-class _Inner:
+class _Inner(_Weights):
     """The separation of an equation's bodies.
 
     Attributes:
       data: which of its results depend on the example.
-      keys: the weights of its bodies as the program around names them.
-      loose: their uses without structure, described.
-      uses: those with structure; their `weight` is an index into `keys`.
-      depth: how many loops, these included, each comes stacked for.
+      weights: those of its bodies as the program around names them; their `depth` counts the loops
+        that the equation is, too.
+      uses: those with structure; their `weight` is an index into `weights`.
       changing: operands that are parameters to the program around and like data to the bodies.
     """
 
     changing: Sequence = ()
 
     def __init__(self, eqn: Equation):
+        super().__init__()
         self.eqn = eqn
         self.data: Mask = (True,) * len(eqn.outputs)
-        self.keys: list = []
-        self.loose: list[list[str]] = []
-        self.depth: list[int] = []
         self.uses: list[Use] = []
         self._n_own = 0
 
@@ -358,7 +375,7 @@ class _Inner:
           loop: the loop around the uses of a weight, if any.
 
         Returns:
-          the place of each weight among `keys`, and of those that the body computes the number.
+          the place of each weight among `weights`, and of those that the body computes the number.
         """
         given = dict(zip(part.program.inputs, operands, strict=True))
         places, own = [], {}
@@ -368,14 +385,7 @@ class _Inner:
                 self._n_own += 1
             named = given.get(key) or (self.eqn, own[key])
             depth += sum(around.stacked for around in loop(key))
-            if named not in self.keys:
-                self.keys.append(named)
-                self.loose.append([])
-                self.depth.append(depth)
-            place = self.keys.index(named)
-            self.loose[place] += loose
-            self.depth[place] = min(self.depth[place], depth)
-            places.append(place)
+            places.append(self.enlist(named, loose, depth))
         for use in part.uses:
             around = (*loop(part.weights[use.weight]), *use.loops)
             self.uses.append(use._replace(weight=places[use.weight], loops=around))
@@ -386,7 +396,7 @@ class _Inner:
         raise NotImplementedError
 
     def meet(self, weights: Sequence[Weight], operands: Sequence, nudges: Sequence):
-        """As of a `Separation`; `weights` are those of `keys`."""
+        """As of a `Separation`; `weights` are the values of its own."""
         raise NotImplementedError
 
 

@@ -157,9 +157,8 @@ def inner_all(p: Dense | OneHot, q: Dense | OneHot):
         n, _, t, g = p.indices.shape
         at = p.indices.reshape(n * t, g)
         take = functools.partial(jnp.take, axis=-1, mode="fill", fill_value=0)
-        found = jax.vmap(take, in_axes=(3, 1), out_axes=0)(
-            wide(q.ordered()), at
-        )  # (g, m, d, u, n t)
+        # (g, m, d, u, n t)
+        found = jax.vmap(take, in_axes=(3, 1), out_axes=0)(wide(q.ordered()), at)
         found = found.reshape(*found.shape[:-1], n, 1, t)
         return found.transpose(4, 5, 6, 1, 2, 3, 0)
     if isinstance(q, OneHot):
