@@ -1,12 +1,14 @@
-"""SGD, momentum, Adam and Gauss-Newton on one network, from one start, for the same work.
+"""Optimizers on one problem, each with its best setting, under one budget.
 
-Every method may spend the same budget of gradient-equivalents, which
-:mod:`experiments.training` defines. A run leaves in its folder
+Every optimizer takes the same number of passes over the data (or of steps) with the same number of
+settings, each from the same seeds. A run leaves in its folder
 
     config.json     every option as it was resolved, and the versions of the libraries
-    curves.csv      a line per measurement, written as training goes on
-    summary.json    how each method ended
-    curves.png      training loss and test score against steps, seconds and work
+    curves.csv      every record of every setting and seed, written as each optimizer ends
+    search.csv      how every setting ended
+    summary.json    how each optimizer did with its best setting, and when it reached the target
+    curves.png      losses and score of the best settings against steps, seconds and work
+    search.png      how every setting ended
 """
 
 import dataclasses
@@ -14,222 +16,242 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
+import optax
 from rich.console import Console
 
-from experiments import command, report, tasks, training
+from experiments import (
+    command,
+    cost,
+    figures,
+    outcome,
+    report,
+    search,
+    tasks,
+    training,
+)
 from experiments.command import UsageError
+from experiments.optimizers import OPTIMIZERS, Optimizer, OptimizerName, Setting
+from experiments.outcome import Outcome
 from experiments.progress import ProgressDisplay
 from experiments.tasks import Task
-from experiments.training import Method, MethodName, Record, Status
-
-
-class Defaults(NamedTuple):
-    """What suits a task.
-
-    The learning rates come from grids of factors of about three: a low training loss, kept clear of
-    the rates at which training diverged. Those of the animals' convolutional networks were
-    taken over from the perceptron.
-    """
-
-    budget: float
-    batch_size: int
-    curvature_batch: int
-    cg_iterations: int
-    rates: dict[str, float]
-
-
-_RATES = {"sgd": 0.3, "momentum": 0.03, "adam": 1e-3}
-_LOWER_RATES = {"sgd": 0.1, "momentum": 0.01, "adam": 1e-3}
-
-DEFAULTS: dict[str, Defaults] = {
-    "digits-mlp": Defaults(1000, 32, 2048, 20, _RATES),
-    "digits-convnet": Defaults(200, 32, 256, 20, _RATES | {"adam": 3e-3}),
-    "digits-resnet": Defaults(60, 32, 256, 10, _RATES | {"adam": 3e-3}),
-    "animals-mlp": Defaults(300, 64, 1024, 10, _LOWER_RATES),
-    "animals-convnet": Defaults(15, 64, 256, 10, _LOWER_RATES),
-    "animals-resnet": Defaults(5, 64, 256, 10, _LOWER_RATES),
-    "mazur": Defaults(1000, 1, 1, 20, {"sgd": 50.0, "momentum": 0.5, "adam": 0.3}),
-    "digits-autoencoder": Defaults(
-        4000, 32, 512, 50, {"sgd": 0.03, "momentum": 0.01, "adam": 1e-3}
-    ),
-    "animals-autoencoder": Defaults(
-        100, 64, 256, 30, {"sgd": 3e-3, "momentum": 1e-3, "adam": 1e-3}
-    ),
-}
-"""By the name of the task. Convolutions are slow on a CPU, so their budgets are small."""
+from experiments.training import Parts, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Train one network with SGD, momentum, Adam and Gauss-Newton and compare the curves."""
+    """Compare optimizers on one problem, each with the best of its settings."""
 
-    dataset: tasks.DatasetName = "digits"
-    """What to learn; mazur is the worked example with its own network."""
-    network: tasks.NetworkName = "auto"
-    """The classifier; auto is the multilayer perceptron."""
-    images: tasks.ImagesName = "digits"
-    """What the autoencoder reconstructs."""
-    methods: tuple[MethodName, ...] = ("sgd", "momentum", "adam", "gauss-newton")
-    """Which methods to run, in this order."""
-    budget: float | None = None
-    """Gradients of the whole training part, or work worth as much, that each method may spend."""
-    learning_rate: float | None = None
-    """Of SGD, momentum and Adam alike; without it each has its own."""
-    batch_size: int | None = None
-    """Examples in a step of SGD, momentum and Adam."""
-    curvature_batch: int | None = None
-    """Examples in a step of Gauss-Newton."""
-    damping: float = 1.0
-    """Where Gauss-Newton's λ starts."""
-    cg_iterations: int | None = None
-    """Products with the curvature that a Gauss-Newton step may spend."""
-    records: int = 60
-    """About how many points a curve has."""
+    problem: tasks.ProblemName = "digits-mlp"
+    """What to train."""
+    optimizers: tuple[OptimizerName, ...] = (
+        "sgd",
+        "momentum",
+        "adam",
+        "muon",
+        "lbfgs",
+        "kfac",
+    )
+    """Which optimizers to run, in this order."""
+    passes: float | None = None
+    """Passes over the training part, the same for all; without it, what suits the problem."""
+    steps: int | None = None
+    """Steps, the same for all, in place of passes."""
+    seeds: int = 3
+    """From how many seeds to train with each setting."""
     seed: int = 0
-    """Of the split, the initial parameters and the batches."""
+    """The first of them, and that of the split of the data and of the random search."""
+    search: Literal["grid", "random"] = "grid"
+    """Where the settings come from: evenly spaced, or drawn, in the logarithm."""
+    trials: int = 9
+    """Settings of each optimizer, at most; with two hyper-parameters, their combinations."""
+    learning_rates: tuple[float, ...] | None = None
+    """In place of each optimizer's own range: a grid, or the ends of what is drawn from."""
+    dampings: tuple[float, ...] | None = None
+    """The same for the damping."""
+    batch_size: int | None = None
+    """Examples in a step of the methods that take small batches."""
+    large_batch: int | None = None
+    """Examples in a step of those that need large ones: L-BFGS, Gauss-Newton and its like."""
+    target: float | None = None
+    """Training loss to reach; without it, where the best first-order method ended."""
+    records: int = 40
+    """About how many points a curve has."""
+    evaluated: int = 2048
+    """Examples of each part whose loss is recorded, at most."""
+    memory: float = 2.0
+    """GiB that a search may take; if all runs at once take more, it goes through them in chunks."""
     data_file: Path | None = None
     """An .npz with the animals, in place of the one that comes with the experiments."""
     out: Path = Path("runs")
     """The folder of all runs."""
     name: str | None = None
-    """The folder of this run inside it; without it, one named after the task."""
+    """The folder of this run inside it; without it, one named after the problem."""
     overwrite: bool = False
     """Write into a folder that holds a run already."""
 
 
-def resolve(settings: Settings, task_name: str) -> Settings:
-    """The settings with the task's defaults filled in, the learning rates excepted.
+POSITIVE = (
+    "passes",
+    "steps",
+    "seeds",
+    "trials",
+    "learning_rates",
+    "dampings",
+    "batch_size",
+    "large_batch",
+    "records",
+    "evaluated",
+    "memory",
+)
+
+
+def validate(settings: Settings) -> None:
+    """Check what the types of the options leave open.
 
     Raises:
-        UsageError: a number is out of its range.
+        UsageError: a number is out of its range, or two options contradict each other.
     """
-    defaults = DEFAULTS[task_name]
-
-    def default(name: str) -> Any:
-        given = getattr(settings, name)
-        return getattr(defaults, name) if given is None else given
-
-    names = ("budget", "batch_size", "curvature_batch", "cg_iterations")
-    settings = dataclasses.replace(settings, **{name: default(name) for name in names})
-    for name in (*names, "learning_rate", "damping", "records"):
+    for name in POSITIVE:
         value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be greater than 0")
-    if not settings.methods or len(set(settings.methods)) < len(settings.methods):
-        raise UsageError("--methods takes one or more methods, each of them once")
-    return settings
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not 0 < number < float("inf"):
+                raise UsageError(f"--{name.replace('_', '-')} must be greater than 0 and finite")
+    if settings.passes is not None and settings.steps is not None:
+        raise UsageError("--passes and --steps say the same in two ways; leave one out")
+    if settings.seed < 0:
+        raise UsageError("--seed must be at least 0")
+    if not settings.optimizers or len(set(settings.optimizers)) < len(settings.optimizers):
+        raise UsageError("--optimizers takes one or more optimizers, each of them once")
+    for name in ("learning_rates", "dampings"):
+        if getattr(settings, name) == ():
+            raise UsageError(f"--{name.replace('_', '-')} takes one or more numbers")
 
 
-def rate(settings: Settings, task_name: str, method: MethodName) -> float | None:
-    """The learning rate of a method; Gauss-Newton has none."""
-    if settings.learning_rate is not None and method != "gauss-newton":
-        return settings.learning_rate
-    return DEFAULTS[task_name].rates.get(method)
-
-
-def build_method(settings: Settings, task: Task, name: MethodName) -> Method:
-    """The optimiser that resolved settings ask for."""
+def schedule_of(settings: Settings, task: Task, optimizer: Optimizer) -> Schedule:
+    """The optimizer's batches and records, within the budget that is the same for all."""
     examples = len(task.train[0])
-    if name == "gauss-newton":
-        return training.second_order(
-            task,
-            damping=settings.damping,
-            iterations=settings.cg_iterations or 1,
-            batch_size=min(examples, settings.curvature_batch or examples),
-        )
-    return training.first_order(
+    sizes = {
+        "small": settings.batch_size or task.budget.small,
+        "large": settings.large_batch or task.budget.large,
+    }
+    size = min(examples, sizes[optimizer.data])
+    passes = settings.passes or task.budget.passes
+    steps = settings.steps or max(1, round(passes * examples / size))
+    return Schedule(size, training.stops(steps, settings.records))
+
+
+def settings_of(settings: Settings, optimizer: Optimizer) -> list[Setting]:
+    """The settings to try of an optimizer."""
+    given = {"learning_rate": settings.learning_rates, "damping": settings.dampings}
+    chosen = {name: values for name, values in given.items() if values and name in optimizer.ranges}
+    if settings.search == "random":
+        ends = {name: (min(values), max(values)) for name, values in chosen.items()}
+        optimizer = optimizer._replace(ranges=optimizer.ranges | ends)  # type: ignore[operator]
+        return search.drawn(optimizer, settings.trials, settings.seed)
+    if not chosen:
+        return search.grid(optimizer, settings.trials)
+    # The trials that are left go to what was not given.
+    rest = {name: ends for name, ends in optimizer.ranges.items() if name not in chosen}
+    count = 1
+    for values in chosen.values():
+        count *= len(values)
+    grid = search.grid(optimizer._replace(ranges=rest), max(1, settings.trials // count))
+    return [one | other for one in search.product(chosen) for other in grid]
+
+
+def compare(settings: Settings, task: Task, folder: Path, console: Console) -> list[Outcome]:
+    """Search with each optimizer in turn, writing into ``folder``; returns what came of each."""
+    parts = training.parts_of(task, settings.evaluated)
+    outcomes: list[Outcome] = []
+    with ProgressDisplay(console) as display:
+        for name in settings.optimizers:
+            outcomes.append(run(settings, task, parts, name, display))
+            report.write(folder, outcomes, target(settings, outcomes))
+            display.finish(report.line(outcomes[-1]))
+    figures.curves(folder / "curves.png", outcomes, target(settings, outcomes), task.score_name)
+    figures.search(folder / "search.png", outcomes)
+    return outcomes
+
+
+def run(
+    settings: Settings, task: Task, parts: Parts, name: OptimizerName, display: ProgressDisplay
+) -> Outcome:
+    """Search with one optimizer, and time it with the best of its settings."""
+    optimizer = OPTIMIZERS[name]
+    schedule = schedule_of(settings, task, optimizer)
+    tried, seeds = settings_of(settings, optimizer), seeds_of(settings)
+    starts = training.starts(task, schedule, seeds)
+    display.begin(optimizer.label)
+    found = search.search(
         task,
-        name,
-        learning_rate=rate(settings, task.name, name) or 0.0,
-        batch_size=min(examples, settings.batch_size or examples),
+        optimizer,
+        tried,
+        starts,
+        schedule,
+        parts,
+        memory=settings.memory * 2**30,
+        started=display.started,
+        recorded=display.recorded,
     )
+    display.measuring()
+    best = tried[outcome.best_setting(found)]
+    first = jax.tree.map(lambda leaf: leaf[0], starts)
+    spent = cost.measure(task, optimizer, best, schedule, parts, first)
+    return Outcome(name, tried, seeds, schedule, found, spent)
 
 
-def compare(settings: Settings, task: Task, folder: Path, console: Console) -> list[report.Result]:
-    """Train with each method in turn, writing into ``folder``; returns how each ended."""
-    records: list[Record] = []
-    results: list[report.Result] = []
-    budget = settings.budget or 0.0
-    evaluate = training.evaluator(task)
-    with (
-        report.Curves(folder) as curves,
-        ProgressDisplay(console, budget, task.score_name) as display,
-    ):
-        for name in settings.methods:
-            method = build_method(settings, task, name)
-            curve: list[training.Progress] = []
-            for progress in training.train(
-                task,
-                method,
-                evaluate,
-                budget=budget,
-                records=settings.records,
-                seed=settings.seed,
-            ):
-                curve.append(progress)
-                curves.append(progress.record)
-                records.append(progress.record)
-                display.show(progress.record)
-            remark = ending(method, curve)
-            display.finish(name, remark)
-            results.append(report.Result(curve[-1].record, curve[-1].compile_seconds, remark))
-            report.write_json(folder / "summary.json", [result.as_dict() for result in results])
-    report.plot(folder / "curves.png", records, task.score_name)
-    return results
+def seeds_of(settings: Settings) -> list[int]:
+    """The seeds, one after another."""
+    return list(range(settings.seed, settings.seed + settings.seeds))
 
 
-def ending(method: Method, curve: Sequence[training.Progress]) -> str | None:
-    """What there is to say about how a method ended, in one line; nothing if all went well."""
-    start, end = curve[0], curve[-1]
-    where = f"{method.name} stopped at step {end.record.step}"
-    if end.status is Status.NOT_FINITE:
-        return f"{where}: the loss is not finite; {method.advice}"
-    if end.status is Status.CONVERGED:
-        return f"{where}: converged, no step lowers the loss any further"
-    if end.record.train_loss > start.record.train_loss:
-        return f"{method.name} ended with a higher loss than it started from; {method.advice}"
-    return None
+def target(settings: Settings, outcomes: Sequence[Outcome]) -> float:
+    """The training loss to reach."""
+    return outcome.target_of(outcomes) if settings.target is None else settings.target
 
 
 def configuration(settings: Settings, task: Task) -> dict[str, Any]:
     """What one needs to know to repeat the run."""
-    with_params = jax.eval_shape(task.init, jax.random.key(0))
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    schedules = {
+        name: schedule_of(settings, task, OPTIMIZERS[name]) for name in settings.optimizers
+    }
     return {
         "settings": dataclasses.asdict(settings),
-        "learning_rates": {name: rate(settings, task.name, name) for name in settings.methods},
-        "task": task.name,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(with_params)),
+        "tried": {name: settings_of(settings, OPTIMIZERS[name]) for name in settings.optimizers},
+        "steps": {name: schedule.steps for name, schedule in schedules.items()},
+        "batch_sizes": {name: schedule.batch_size for name, schedule in schedules.items()},
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "examples": {"train": len(task.train[0]), "test": len(task.test[0])},
+        "score": task.score_name,
         "precision": task.precision,
         "device": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "optax": optax.__version__,
+        },
     }
 
 
 def script(settings: Settings) -> int:
-    """Compare the methods and report; the status is 0 even if one of them diverged."""
+    """Compare the optimizers and report; the status is 0 even if one of them diverged."""
+    validate(settings)
     console = command.terminal()
-    task = tasks.build(
-        settings.dataset,
-        network=settings.network,
-        images=settings.images,
-        seed=settings.seed,
-        data_file=settings.data_file,
-    )
-    settings = resolve(settings, task.name)
+    task = tasks.build(settings.problem, seed=settings.seed, data_file=settings.data_file)
     folder = report.make_folder(
-        settings.out, settings.name, task.name, overwrite=settings.overwrite
+        settings.out, settings.name, settings.problem, overwrite=settings.overwrite
     )
     with jax.enable_x64(task.precision == "float64"):
         report.write_json(folder / "config.json", configuration(settings, task))
         try:
-            results = compare(settings, task, folder, console)
+            outcomes = compare(settings, task, folder, console)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"what was measured is in {folder}") from None
-    report.print_results(console, results, task.score_name)
+    report.print_results(console, outcomes, target(settings, outcomes), task.score_name)
     console.print(f"written to {folder}", soft_wrap=True)
     return 0
 

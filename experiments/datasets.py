@@ -2,7 +2,8 @@
 
 ``digits`` are scikit-learn's 1,797 images of 8×8 pixels. ``animals`` are 10,000 images of 28×28
 pixels, 1,000 of each of ten animals, from the PyPI package ``animal_mnist`` 0.4 by Sina Mohammadi
-(MIT licence, ``experiments/data/animals.LICENSE``); 9,716 of them are distinct.
+(MIT licence, ``experiments/data/animals.LICENSE``); 9,716 of them are distinct. ``diabetes`` are
+scikit-learn's 442 patients.
 
 Copies of one image always land on the same side of the split into training and test part.
 """
@@ -27,6 +28,7 @@ class Dataset(NamedTuple):
     """A data set in two parts; the first axis counts examples.
 
     Images have shape (N, height, width, 1) and values in [0, 1], labels are integers of shape (N,).
+    ``classes`` is empty where the targets are no labels.
     """
 
     name: str
@@ -58,6 +60,28 @@ def animals(seed: int = 0, file: Path | None = None) -> Dataset:
     """
     images, labels = _read_animals(file)
     return _in_two_parts("animals", ANIMALS, images, labels, 255.0, seed)
+
+
+def diabetes(seed: int = 0) -> Dataset:
+    """Ten measurements of a patient, (N, 10), and how the disease went on, (N, 1).
+
+    Inputs and targets are standardised by the training part, which is drawn with ``seed``: an error
+    of 1 is that of predicting the mean.
+    """
+    from sklearn.datasets import load_diabetes
+
+    bunch = load_diabetes(scaled=False)
+    inputs, targets = bunch.data, bunch.target[:, None]
+    order = np.random.default_rng(seed).permutation(len(inputs))
+    test, train = np.split(order, [round(TEST_FRACTION * len(inputs))])
+    inputs, targets = _standardised(inputs, train), _standardised(targets, train)
+    return Dataset("diabetes", (), inputs[train], targets[train], inputs[test], targets[test])
+
+
+def _standardised(values: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """To mean 0 and variance 1 of the rows ``train``."""
+    known = values[train]
+    return ((values - known.mean(0)) / known.std(0)).astype(np.float32)
 
 
 def mazur_example() -> Dataset:

@@ -1,6 +1,6 @@
-"""What one sees while training runs: a bar per method on a terminal, a line now and then in a pipe.
+"""What one sees while training runs: a bar per optimizer on a terminal, a line at its end.
 
-The lines of a pipe go to the console given; nothing in them depends on how wide it is.
+The lines go to the console given; nothing in them depends on how wide it is.
 """
 
 from types import TracebackType
@@ -9,24 +9,17 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from experiments.training import MethodName, Record
-
-_LINES = 4  # how many lines a method prints on its way where there is no terminal
-
 
 class ProgressDisplay:
-    """Shows records as they arrive; a context manager."""
+    """Shows how far each optimizer's search is; a context manager."""
 
-    def __init__(self, console: Console, budget: float, score_name: str) -> None:
+    def __init__(self, console: Console) -> None:
         self.console = console
-        self.budget = budget
-        self.score_name = score_name
-        self.bars: dict[MethodName, TaskID] = {}
-        self.printed: dict[MethodName, int] = {}
+        self.bar: TaskID | None = None
         self.progress = Progress(
-            TextColumn("{task.description:<12}"),
+            TextColumn("{task.description:<22}"),
             BarColumn(bar_width=30),
-            TextColumn("{task.percentage:>3.0f}%  {task.fields[numbers]}"),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[doing]}"),
             TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -44,39 +37,29 @@ class ProgressDisplay:
     ) -> None:
         self.progress.stop()
 
-    def show(self, record: Record) -> None:
-        """Move the method's bar to this record, or print a line if it is time for one."""
-        if not self.console.is_terminal:
-            self._print_now_and_then(record)
-            return
-        if record.method not in self.bars:
-            self.bars[record.method] = self.progress.add_task(
-                record.method, total=self.budget, numbers=""
-            )
-        self.progress.update(
-            self.bars[record.method],
-            completed=min(record.gradients, self.budget),
-            numbers=self._numbers(record),
-        )
+    def begin(self, label: str) -> None:
+        """A new bar, for an optimizer that is being compiled."""
+        self.bar = self.progress.add_task(label, total=None, doing="compiling")
 
-    def finish(self, method: MethodName, remark: str | None) -> None:
-        """The method has ended: stop its bar, and say why if there is more to say than that."""
-        if method in self.bars:
-            self.progress.stop_task(self.bars[method])
-        if remark:
-            self.console.print(remark, soft_wrap=True)
+    def started(self, records: int) -> None:
+        """Training starts; the bar is full after so many records."""
+        self._update(total=records, doing="training")
 
-    def _print_now_and_then(self, record: Record) -> None:
-        reached = int(_LINES * min(1.0, record.gradients / self.budget))
-        if reached > self.printed.get(record.method, -1):
-            self.printed[record.method] = reached
-            self.console.print(
-                f"{record.method:<12}  step {record.step:>6}  {self._numbers(record)}",
-                soft_wrap=True,
-            )
+    def recorded(self) -> None:
+        """One record more; called from another thread."""
+        self._update(advance=1)
 
-    def _numbers(self, record: Record) -> str:
-        shown = f"loss {record.train_loss:.3e}"
-        if record.test_score is not None:
-            shown += f"  {self.score_name} {record.test_score:.4g}"
-        return shown
+    def measuring(self) -> None:
+        """Training is over; steps are timed."""
+        self._update(doing="timing a step")
+
+    def finish(self, line: str) -> None:
+        """The optimizer has ended: stop its bar and say how."""
+        self._update(doing="")
+        if self.bar is not None:
+            self.progress.stop_task(self.bar)
+        self.console.print(line, soft_wrap=True)
+
+    def _update(self, **changes) -> None:
+        if self.bar is not None:
+            self.progress.update(self.bar, **changes)

@@ -1,78 +1,33 @@
-"""What a run leaves behind: its configuration, its curves as they arise, a summary, a figure."""
+"""What a run leaves behind: its configuration, its curves as they arise, a summary, a table."""
 
 import csv
-import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from experiments.command import ExperimentError, UsageError
-from experiments.training import MethodName, Record
+from experiments.optimizers import OPTIMIZERS
+from experiments.outcome import Outcome, Quantity, Quartiles
 
-# Okabe and Ito's colours are told apart with any colour vision; the dashes help in print.
-STYLES: dict[MethodName, dict[str, Any]] = {
-    "sgd": {"label": "SGD", "color": "#E69F00", "linestyle": (0, (1, 1))},
-    "momentum": {"label": "momentum", "color": "#009E73", "linestyle": (0, (4, 1.5))},
-    "adam": {"label": "Adam", "color": "#0072B2", "linestyle": (0, (4, 1.5, 1, 1.5))},
-    "gauss-newton": {
-        "label": "Gauss–Newton",
-        "color": "#D55E00",
-        "linestyle": "-",
-        "marker": "o",
-        "markersize": 2.5,
-    },
-}
-AXES = {
-    "step": "steps",
-    "seconds": "seconds",
-    "gradients": "gradient-equivalents",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How a method ended: its last record, the time its compilation took, a remark if any."""
-
-    record: Record
-    compile_seconds: float
-    remark: str | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The record's fields and the rest, side by side."""
-        rest = {"compile_seconds": self.compile_seconds, "remark": self.remark}
-        return self.record._asdict() | rest
-
-
-class Curves:
-    """``curves.csv``, a line per record, on the disk as soon as it is written."""
-
-    def __init__(self, folder: Path) -> None:
-        self.file = (folder / "curves.csv").open("w", newline="", encoding="utf-8")
-        self.writer = csv.writer(self.file)
-        self.writer.writerow(Record._fields)
-        self.file.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.file.close()
-
-    def append(self, record: Record) -> None:
-        """Write one record; the test's fields are left empty where there is no test part."""
-        self.writer.writerow(record)
-        self.file.flush()
+HYPER_PARAMETERS = ("learning_rate", "damping")
+CURVES = (
+    "optimizer",
+    *HYPER_PARAMETERS,
+    "seed",
+    "step",
+    "seconds",
+    "gradients",
+    "train_loss",
+    "test_loss",
+    "test_score",
+)
+SEARCH = ("optimizer", *HYPER_PARAMETERS, "lower", "median", "upper", "best")
+QUANTITIES: tuple[Quantity, ...] = ("train_loss", "test_loss", "test_score")
 
 
 def make_folder(out: Path, name: str | None, fallback: str, *, overwrite: bool) -> Path:
@@ -111,87 +66,124 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(_finite(content), indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def print_results(console: Console, results: Sequence[Result], score_name: str) -> None:
-    """The final table."""
+def write(folder: Path, outcomes: Sequence[Outcome], target: float) -> None:
+    """Write what is known so far: ``curves.csv``, ``search.csv`` and ``summary.json``."""
+    _write_rows(folder / "curves.csv", CURVES, (row for o in outcomes for row in curve_rows(o)))
+    _write_rows(folder / "search.csv", SEARCH, (row for o in outcomes for row in search_rows(o)))
+    results = [summary(outcome, target) for outcome in outcomes]
+    write_json(folder / "summary.json", {"target": target, "optimizers": results})
+
+
+def curve_rows(outcome: Outcome) -> Iterator[tuple]:
+    """A row per record of each setting and seed; no value where there is no such thing."""
+    for s, setting in enumerate(outcome.settings):
+        for k, seed in enumerate(outcome.seeds):
+            lane = [getattr(outcome.found.curves, name)[s, k].tolist() for name in QUANTITIES]
+            for step, *values in zip(outcome.schedule.stops, *lane, strict=True):
+                work = step * outcome.cost.seconds, step * outcome.cost.gradients
+                yield (outcome.name, *_values(setting), seed, step, *work, *values)
+
+
+def search_rows(outcome: Outcome) -> Iterator[tuple]:
+    """A row per setting: quartiles over seeds of the last training loss."""
+    for s, setting in enumerate(outcome.settings):
+        ends = (float(values[s]) for values in outcome.final)
+        yield (outcome.name, *_values(setting), *ends, s == outcome.best)
+
+
+def summary(outcome: Outcome, target: float) -> dict[str, Any]:
+    """How an optimizer did with its best setting."""
+    reached = outcome.reach(target)
+    return {
+        "optimizer": outcome.name,
+        "setting": outcome.setting,
+        "at_the_edge": outcome.at_the_edge(),
+        "settings": len(outcome.settings),
+        "diverged": int(sum(map(math.isinf, outcome.final.median))),
+        "seeds": outcome.seeds,
+        "batch_size": outcome.schedule.batch_size,
+        "steps": outcome.schedule.steps,
+        "step_seconds": outcome.cost.seconds,
+        "step_gradients": outcome.cost.gradients,
+        **{name: outcome.end(name)._asdict() for name in QUANTITIES},
+        "to_target": {
+            "seeds_that_reach": reached.seeds,
+            "steps": reached.steps._asdict(),
+            "seconds": reached.seconds._asdict(),
+            "gradients": reached.gradients._asdict(),
+        },
+        "search": {
+            "compile_seconds": outcome.found.compile_seconds,
+            "seconds": outcome.found.seconds,
+            "lanes": len(outcome.settings) * len(outcome.seeds),
+            "lanes_at_once": outcome.found.at_once,
+        },
+    }
+
+
+def line(outcome: Outcome) -> str:
+    """What there is to say when an optimizer's search has ended."""
+    found, lanes = outcome.found, len(outcome.settings) * len(outcome.seeds)
+    chunks = f", {found.at_once} at once for want of memory," if found.at_once < lanes else ""
+    said = (
+        f"{OPTIMIZERS[outcome.name].label}: {lanes} runs of {outcome.schedule.steps} steps{chunks} "
+        f"in {found.seconds:.1f} s, compiled in {found.compile_seconds:.1f} s"
+    )
+    if math.isinf(outcome.final.median[outcome.best]):
+        return f"{said}; no setting kept the loss finite, try others"
+    if outcome.end("train_loss").median > outcome.curve("train_loss").median[0]:
+        return f"{said}; no setting lowered the loss, try others"
+    edges = " and ".join(name.replace("_", " ") for name in outcome.at_the_edge())
+    return f"{said}; the best {edges} is at the edge of those tried" if edges else said
+
+
+def print_results(
+    console: Console, outcomes: Sequence[Outcome], target: float, score_name: str
+) -> None:
+    """The table: medians over seeds, with quartiles where they matter most."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("method")
-    headers = ("training loss", "test loss", score_name)
-    for header in (*headers, "steps", "seconds", "compiling", "gradient-equivalents"):
+    table.add_column("optimizer")
+    headers = ("rate", "damping", "training loss", "test loss", score_name)
+    for header in (*headers, "steps", "seconds", "gradients", "a step"):
         table.add_column(header, justify="right")
-    for result in results:
-        record = result.record
+    for outcome in outcomes:
+        reached = outcome.reach(target)
         table.add_row(
-            record.method,
-            *(_number(value) for value in (record.train_loss, record.test_loss, record.test_score)),
-            f"{record.step}",
-            f"{record.seconds:.2f}",
-            f"{result.compile_seconds:.2f}",
-            f"{record.gradients:.1f}",
+            OPTIMIZERS[outcome.name].label,
+            *(_number(value) for value in _values(outcome.setting)),
+            _range(outcome.end("train_loss")),
+            *(_number(outcome.end(name).median) for name in QUANTITIES[1:]),
+            _number(reached.steps.median),
+            _number(reached.seconds.median),
+            _number(reached.gradients.median),
+            _number(outcome.cost.gradients),
         )
     console.print(table)
+    console.print(
+        f"Steps, seconds and gradient-equivalents are those to a training loss of {target:.4g}; "
+        "the last column is what one step is worth.",
+        soft_wrap=True,
+    )
 
 
-def plot(path: Path, records: Sequence[Record], score_name: str) -> None:
-    """Draw training loss and test score against steps, seconds and work into a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter
-
-    scored = any(record.test_score is not None for record in records)
-    rows = 2 if scored else 1
-    settings: dict[Any, Any] = {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with plt.rc_context(settings):
-        figure, panels = plt.subplots(
-            rows, 3, figsize=(7.5, 2.3 * rows + 0.5), sharey="row", sharex="col", squeeze=False
-        )
-        for panel, axis in zip(panels[0], AXES, strict=True):
-            _draw(panel, records, axis, "train_loss")
-            panel.set_yscale("log")
-        panels[0][0].set_ylabel("training loss")
-        if scored:
-            for panel, axis in zip(panels[1], AXES, strict=True):
-                _draw(panel, records, axis, "test_score")
-            panels[1][0].set_ylabel(score_name)
-            _frame_scores(panels[1][0], records, score_name)
-        for panel, label in zip(panels[-1], AXES.values(), strict=True):
-            panel.set_xscale("log")
-            panel.xaxis.set_minor_formatter(NullFormatter())  # they collide within one decade
-            panel.set_xlabel(label)
-        for panel in panels.flat:
-            panel.grid(True, which="major", linewidth=0.4, alpha=0.5)
-        figure.align_ylabels()
-        handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
-        figure.set_layout_engine("constrained")
-        figure.savefig(path, dpi=200)
-        plt.close(figure)
+def _values(setting: Any) -> tuple[float | None, ...]:
+    return tuple(setting.get(name) for name in HYPER_PARAMETERS)
 
 
-def _draw(panel: Any, records: Sequence[Record], axis: str, quantity: str) -> None:
-    for method, style in STYLES.items():
-        own = [record for record in records if record.method == method and record.step]
-        if own:
-            across = [getattr(record, axis) for record in own]
-            panel.plot(across, [getattr(r, quantity) for r in own], linewidth=1.3, **style)
-
-
-def _frame_scores(panel: Any, records: Sequence[Record], score_name: str) -> None:
-    """Show the scores where the methods differ: high accuracies, errors on a logarithmic axis."""
-    if score_name != "test accuracy":
-        panel.set_yscale("log")
-        return
-    best = max(record.test_score or 0.0 for record in records)
-    panel.set_ylim(max(0.0, best - 0.35), min(1.005, best + 0.02))
+def _write_rows(path: Path, header: Sequence[str], rows: Iterator[tuple]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(["" if value is None else value for value in row] for row in rows)
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def _range(quartiles: Quartiles) -> str:
+    lower, median, upper = (f"{value:.3g}" if math.isfinite(value) else "∞" for value in quartiles)
+    return median if lower == upper else f"{median} ({lower}–{upper})"
 
 
 def _finite(content: Any) -> Any:

@@ -6,8 +6,10 @@
 1.0
 """
 
+from fbackprop import estimators as estimators
 from fbackprop import losses as losses
 from fbackprop import networks as networks
+from fbackprop import optim as optim
 from fbackprop.batch import sweep as sweep
 from fbackprop.catalogue import Coverage as Coverage
 from fbackprop.catalogue import PrimitiveCoverage as PrimitiveCoverage
@@ -21,15 +23,29 @@ from fbackprop.columns import HessianRoot as HessianRoot
 from fbackprop.columns import Labels as Labels
 from fbackprop.columns import LossGradient as LossGradient
 from fbackprop.columns import Outputs as Outputs
+from fbackprop.curvature import BlockDiagonal as BlockDiagonal
+from fbackprop.curvature import Curvature as Curvature
+from fbackprop.curvature import Dense as Dense
+from fbackprop.curvature import Diagonal as Diagonal
+from fbackprop.curvature import DualGaussNewton as DualGaussNewton
+from fbackprop.curvature import EigenFactors as EigenFactors
+from fbackprop.curvature import GaussNewton as GaussNewton
+from fbackprop.curvature import GGNRows as GGNRows
+from fbackprop.curvature import Hessian as Hessian
+from fbackprop.curvature import KroneckerFactors as KroneckerFactors
+from fbackprop.curvature import Space as Space
 from fbackprop.explain import LeafReport as LeafReport
 from fbackprop.explain import SitesReport as SitesReport
 from fbackprop.explain import explain_sites as explain_sites
 from fbackprop.gradients import Gradients as Gradients
+from fbackprop.kronecker import EigenBlock as EigenBlock
 from fbackprop.kronecker import KroneckerBlock as KroneckerBlock
 from fbackprop.least_squares import LeastSquaresResult as LeastSquaresResult
 from fbackprop.least_squares import least_squares as least_squares
 from fbackprop.nonfinite import NonFinite as NonFinite
+from fbackprop.objective import Objective as Objective
 from fbackprop.quantities import ClippedGradient as ClippedGradient
+from fbackprop.quantities import EigenvalueCorrection as EigenvalueCorrection
 from fbackprop.quantities import ErrorSignals as ErrorSignals
 from fbackprop.quantities import ExampleDots as ExampleDots
 from fbackprop.quantities import ExampleGradients as ExampleGradients

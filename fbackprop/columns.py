@@ -10,12 +10,14 @@ of them, or the loss's gradients for labels drawn from the model, give it in the
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jax.tree_util import Partial
 
 from fbackprop import losses
 from fbackprop.program import (
@@ -245,6 +247,44 @@ def _root_of(example: Example):
     basis = jnp.eye(flat.size, dtype=flat.dtype)
     hessian = jax.vmap(lambda v: jax.jvp(slope, (flat,), (v,))[1])(basis)
     return _Whole(hessian, unravel)
+
+
+def hessian_map(example: Example) -> Partial:
+    """The map v ↦ H v of the loss's Hessian at one example's prediction, on flattened predictions.
+
+    Negative curvature is left out, as of the sampled columns. Of a loss that mixes the elements of
+    a prediction of more than `EIGENVALUES` of them it is not looked for: the loss must be convex.
+    """
+    flat, unravel = ravel_pytree(example.prediction)
+    if example.loss is losses.softmax_cross_entropy:
+        root = _Softmax(jnp.asarray(example.prediction), jnp.asarray(example.target))
+        return Partial(_softmax_product, root.p, root.weight)
+    slope = grad(lambda z: example.loss(unravel(z), example.target))
+    if _is_separable(example):
+        diagonal = jax.jvp(slope, (flat,), (jnp.ones_like(flat),))[1]
+        return Partial(jnp.multiply, jnp.maximum(diagonal, 0))
+    if flat.size <= EIGENVALUES:
+        root = _root_of(example)
+        return Partial(
+            jnp.matmul, (root.vectors * jnp.maximum(root.values, 0)[None]) @ root.vectors.T
+        )
+    product = functools.partial(_slope_product, example.loss)
+    return Partial(product, example.prediction, example.target)
+
+
+EIGENVALUES = 128
+
+
+def _softmax_product(p, weight, v):
+    v = v.reshape(p.shape)
+    own = p * (v - jnp.sum(p * v, axis=-1, keepdims=True))
+    return (own * weight[:, None]).reshape(-1)
+
+
+def _slope_product(loss, prediction, target, v):
+    flat, unravel = ravel_pytree(prediction)
+    slope = grad(lambda z: loss(unravel(z), target))
+    return jax.jvp(slope, (flat,), (v,))[1]
 
 
 # --- losses that are sums over the elements of the prediction -------------------------------------

@@ -8,16 +8,24 @@ formed and pulled back to the parameters behind it, one per example.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fbackprop.groups import Group, Placed, formed_dots, formed_norms, formed_squares
-from fbackprop.kronecker import KroneckerBlock, block_of_sites, block_without_activations
+from fbackprop.groups import Group, Placed, formed_dots, formed_norms, formed_squares, turned
+from fbackprop.kronecker import (
+    EigenBlock,
+    KroneckerBlock,
+    block_of_sites,
+    block_without_activations,
+    diagonal_block,
+    place_of,
+)
 from fbackprop.passes import backward, forward
 from fbackprop.program import Program, evaluate, inlined, is_inexact, memoized, trace
 from fbackprop.separate import Separation
@@ -50,8 +58,15 @@ class Gradients:
     def __init__(self, source: Source, model: Program, params, sites, shares, signs, even, signals):
         self.source, self.model, self.sites, self.params = source, model, list(sites), params
         self.shares, self.signs, self.even, self.signals = shares, signs, even, signals
-        self.examples, self.columns = signs.shape
         self._params = jax.tree.leaves(params)
+
+    @property
+    def examples(self) -> int:
+        return self.signs.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.signs.shape[1]
 
     def _tree(self, leaves: Sequence):
         return jax.tree.unflatten(jax.tree.structure(self.params), leaves)
@@ -128,12 +143,49 @@ class Gradients:
         found = self._pull(sums, 0)
         return self._tree([formed.get(leaf, x) for leaf, x in enumerate(found)])
 
-    def factors(self, sharing: str):
+    def factors(self, sharing: str, vectors: str):
         """Kronecker factors of Σ shares · signs · gradient · gradientᵀ: tuples of blocks.
 
         For a matrix product that meets no other; see `fbackprop.Kronecker`.
         """
-        return self._tree([self._factors(leaf, sharing) for leaf in range(len(self._params))])
+        n_leaves = len(self._params)
+        return self._tree([self._factors(leaf, sharing, vectors) for leaf in range(n_leaves)])
+
+    def along(self, direction):
+        """⟨gradient, direction⟩, (N, C), for a direction like the parameters."""
+        directions = self.source.push(self._params, jax.tree.leaves(direction))
+        found = [site.along(directions[w]) for w, site in self.sites if directions[w] is not None]
+        return _sum(found, self.signs.shape)
+
+    def squares_along(self, vectors):
+        """Σ shares · signs · (Uᵀ gradient)² along orthonormal vectors U of every leaf's blocks.
+
+        Args:
+          vectors: a tree like the parameters of tuples of `EigenBlock`.
+
+        Returns:
+          A tree of tuples of arrays (g, i, o), one for each block.
+        """
+        structure = jax.tree.structure(self.params)
+        found = [
+            tuple(self._squares_along(leaf, block) for block in blocks)
+            for leaf, blocks in enumerate(structure.flatten_up_to(vectors))
+        ]
+        return self._tree(found)
+
+    def _squares_along(self, leaf: int, block: EigenBlock):
+        counts = self._counts_of_columns
+        for group in self.groups[leaf] or ():
+            view = self.source.origins[group.weight].view
+            assert view is not None  # or there would be no groups
+            if (group.layout, place_of(view, self.source.leaves[leaf])) == (
+                block.layout,
+                block.place,
+            ):
+                return turned(group, block.a, block.b).squares(counts)
+        each = self._formed[leaf] if self.groups[leaf] is None else self._each[leaf]
+        arrange = jax.vmap(jax.vmap(block.arrange))
+        return formed_squares(block.turn(arrange(each)), counts)
 
     def dots(self, other: Gradients | None = None, per_leaf: bool = False):
         """⟨gradient n c, gradient m d⟩ with these or other examples', (N, C, M, D); or a pytree."""
@@ -171,29 +223,38 @@ class Gradients:
         zero = jnp.zeros((*self.signs.shape, *other.signs.shape), self._wide(leaf))
         return sum((group.dots(same) for group, same in zip(mine, its, strict=True)), zero)
 
-    def _factors(self, leaf: int, sharing: str) -> tuple[KroneckerBlock, ...]:
+    def _factors(self, leaf: int, sharing: str, vectors: str) -> tuple[KroneckerBlock, ...]:
         groups = self.groups[leaf]
+        whole = np.empty(self._params[leaf].shape, np.int8)
         if groups is None:
-            leaf_itself = np.empty(self._params[leaf].shape, np.int8)
             each = self._formed[leaf]
-            return (block_without_activations(each, leaf_itself, leaf_itself, 0, *self._counts),)
+            if vectors == "diagonal" and whole.ndim < 2:
+                counts = self._counts_of_columns
+                return (diagonal_block(formed_squares(each, counts), whole, whole),)
+            return (block_without_activations(each, whole, whole, 0, *self._counts),)
         blocks = []
         for members in (group.members for group in groups):
             for swapped in (False, True):
                 placed = [p for p in members if p.swapped == swapped]
                 if placed:
-                    blocks.append(self._block(leaf, placed, sharing))
+                    blocks.append(self._block(leaf, placed, sharing, vectors))
+        if not blocks:  # no prediction depends on it
+            zeros = jnp.zeros(whole.shape, self._wide(leaf))
+            blocks = [diagonal_block(zeros, whole, whole)]
         return tuple(blocks)
 
-    def _block(self, leaf: int, placed: list[Placed], sharing: str) -> KroneckerBlock:
+    def _block(self, leaf: int, placed: list[Placed], sharing: str, vectors: str) -> KroneckerBlock:
         """The block of sites of one orientation."""
         start, weight = self.source.leaves[leaf], placed[0].weight
         view = self.source.origins[weight].view
         assert view is not None  # or there would be no groups
         shares, counts = self._counts
         if placed[0].site.use is None:
-            each, depth = Group(placed).each(), self.source.depth[weight]
-            return block_without_activations(each, view, start, depth, shares, counts)
+            group, depth = Group(placed), self.source.depth[weight]
+            if vectors == "diagonal" and view.ndim - depth < 2:
+                squares = group.squares(self._counts_of_columns)
+                return diagonal_block(squares, view, start)
+            return block_without_activations(group.each(), view, start, depth, shares, counts)
         return block_of_sites([p.site for p in placed], view, start, shares, counts, sharing)
 
     @property
@@ -202,6 +263,11 @@ class Gradients:
         if self.even is not None:
             return self.even, self.even
         return self.shares, self.shares[:, None] * jnp.maximum(self.signs, 0)
+
+    @property
+    def _counts_of_columns(self):
+        """The latter as an array, (N, 1) or (N, C)."""
+        return self.shares[:, None] * jnp.maximum(self.signs, 0)
 
     def _wide(self, leaf: int):
         return jnp.promote_types(self._params[leaf].dtype, jnp.float32)
@@ -240,7 +306,8 @@ class Gradients:
         return pull(cts)
 
 
-class Source(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
     """How the weights come from the parameters.
 
     Attributes:
@@ -264,6 +331,24 @@ class Source(NamedTuple):
     def weights(self, params: Sequence) -> list:
         return evaluate(self.program, params)
 
+    def push(self, params: Sequence, tangents: Sequence) -> list:
+        """Tangents of the weights from those of the parameters; None for what does not move."""
+        moving = [p for p, m in zip(params, self.moving, strict=True) if m]
+        changes = [
+            jnp.asarray(t, p.dtype)
+            for t, p, m in zip(tangents, params, self.moving, strict=True)
+            if m
+        ]
+
+        def weights(*moving):
+            rest = iter(moving)
+            full = [next(rest) if m else p for m, p in zip(self.moving, params, strict=True)]
+            return self.weights(full)
+
+        _, found = jax.jvp(weights, tuple(moving), tuple(changes))
+        avals = self.program.out_avals
+        return [t if is_inexact(a) else None for t, a in zip(found, avals, strict=True)]
+
     def pull(self, params: Sequence, cts: Sequence) -> list:
         """Cotangents of the parameters from those of the weights; None stands for zero."""
         _, tape = forward(self.rules, self.program, self.moving, params)
@@ -284,6 +369,21 @@ def source_of(part: Separation, n_params: int) -> Source:
     """How a model's weights come from its parameters, the first inputs of its program."""
     moving = tuple(is_inexact(aval) for aval in part.program.in_avals[:n_params])
     return _source(part.program, part, moving)
+
+
+def _flatten(gradients: Gradients):
+    weights, sites = zip(*gradients.sites, strict=True) if gradients.sites else ((), ())
+    children = gradients.params, sites, gradients.shares, gradients.signs, gradients.signals
+    return children, (gradients.source, gradients.model, weights, gradients.even)
+
+
+def _unflatten(static, children) -> Gradients:
+    (source, model, weights, even), (params, sites, shares, signs, signals) = static, children
+    pairs = list(zip(weights, sites, strict=True))
+    return Gradients(source, model, params, pairs, shares, signs, even, signals)
+
+
+jax.tree_util.register_pytree_node(Gradients, _flatten, _unflatten)
 
 
 def _sum(leaves: Sequence, shape):

@@ -18,6 +18,7 @@ from jax import lax
 
 from fbackprop.sites import (
     Dense,
+    Layout,
     OneHot,
     Site,
     contract,
@@ -26,6 +27,7 @@ from fbackprop.sites import (
     inner_all,
     over_columns,
     scatter,
+    turned_factor,
     wide,
 )
 
@@ -165,6 +167,28 @@ class Group:
     def _cost_of_forming(self) -> float:
         """The same if the gradient is formed."""
         return sum(cost_of_forming(placed.site) for placed in self.members)
+
+
+def turned(group: Group, u_a, u_b) -> Group:
+    """The group with the gradients' axes i and o turned: U_Aᵀ gradient U_B, of axes (g, i, o).
+
+    Args:
+      u_a, u_b: orthonormal columns, (g, i, i) and (g, o, o); None leaves an axis as it is.
+    """
+    sizes = group.layout.sizes
+    layout = Layout(sizes, sizes, ((0,), (1,), (2,)))
+    members = []
+    for weight, site, swapped in group.members:
+        of_a, of_b = (u_b, u_a) if swapped else (u_a, u_b)
+        b = site.b if of_b is None else contract("nctgo,goh->nctgh", site.b, of_b)
+        own = layout if not swapped else Layout(*(_exchanged(sizes),) * 2, layout.groups)
+        members.append(Placed(weight, Site(turned_factor(site.a, of_a), b, own), swapped))
+    return Group(members)
+
+
+def _exchanged(sizes):
+    g, i, o = sizes
+    return g, o, i
 
 
 def cost_of_forming(site: Site) -> float:

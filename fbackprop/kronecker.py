@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +16,23 @@ from fbackprop.sites import Dense, Layout, OneHot, Site, contract, wide
 
 
 class Place(NamedTuple):
-    """Where a weight's elements are in the leaf that it rearranges: an offset and strides."""
+    """Where a weight's elements are in the leaf that it rearranges: an offset and strides.
+
+    Attributes:
+      offset: the first element's place in the flattened leaf.
+      shape, strides: of the weight, the strides in elements.
+      leaf: the leaf's shape.
+    """
 
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    size: int
+    leaf: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many elements the leaf has."""
+        return math.prod(self.leaf)
 
     def indices(self) -> np.ndarray:
         """The place of every element in the flattened leaf, of the weight's shape."""
@@ -31,10 +42,62 @@ class Place(NamedTuple):
             np.zeros(self.shape, int),
         )
 
+    @property
+    def _is_all(self) -> bool:
+        """Whether the weight is the whole leaf, perhaps with its axes in another order."""
+        return self.offset == 0 and math.prod(self.shape) == self.size and min(self.strides) > 0
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        """The weight's axes as memory has them."""
+        axes = range(len(self.shape))
+        return tuple(sorted(axes, key=lambda k: (-self.strides[k], self.shape[k])))
+
+    def take(self, leaf):
+        """The weight, of its shape, from the leaf."""
+        flat = leaf.reshape(-1)
+        if not self.shape:
+            return flat[self.offset]
+        if not self._is_all:
+            return flat[self.indices()]
+        order = self._order
+        return flat.reshape([self.shape[k] for k in order]).transpose(np.argsort(order))
+
+    def put(self, weight):
+        """The leaf, zero where the weight is not."""
+        if self.shape and self._is_all:
+            return weight.transpose(self._order).reshape(self.leaf)
+        flat = jnp.zeros(self.size, weight.dtype).at[self.indices()].set(weight)
+        return flat.reshape(self.leaf)
+
+
+class Block:
+    """What a block of a matrix over one parameter's elements has: where they are.
+
+    Attributes:
+      layout: how the weight's axes are grouped into g, i and o.
+      place: where the weight is in the parameter.
+    """
+
+    layout: Layout
+    place: Place
+
+    def arrange(self, leaf) -> jax.Array:
+        """The weight's elements in a leaf, (g, i, o)."""
+        return self.layout.arrange(self.place.take(leaf))
+
+    def restore(self, x) -> jax.Array:
+        """A leaf with the elements (g, i, o) in the weight's places, zero elsewhere."""
+        return self.place.put(self.layout.restore(x))
+
+    def indices(self) -> np.ndarray:
+        """The place in the flattened parameter of every (g, i, o)."""
+        return self.layout.arrange(self.place.indices())
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KroneckerBlock:
+class KroneckerBlock(Block):
     """A block ``A ⊗ B`` of the Gauss-Newton matrix, for (a part of) one parameter.
 
     The weight is seen as (g, i, o): g parts with factors of their own, i inputs and o outputs.
@@ -51,21 +114,74 @@ class KroneckerBlock:
     layout: Layout = dataclasses.field(metadata={"static": True})
     place: Place = dataclasses.field(metadata={"static": True})
 
+    def matvec(self, leaf) -> jax.Array:
+        """The block times a leaf."""
+        x = self.arrange(leaf)
+        x = self.a[..., None] * x if self.a.ndim == 2 else self.a @ x
+        return self.restore(x @ self.b)
+
+    def diagonal(self) -> jax.Array:
+        """The block's diagonal, of the leaf's shape."""
+        a = self.a if self.a.ndim == 2 else jnp.diagonal(self.a, axis1=1, axis2=2)
+        b = jnp.diagonal(self.b, axis1=1, axis2=2)
+        return self.restore(a[:, :, None] * b[:, None, :])
+
     def dense(self) -> jax.Array:
         """The block as a matrix over the flattened parameter, (P, P), zero outside this part."""
         a = self.a if self.a.ndim == 3 else jax.vmap(jnp.diag)(self.a)
         product = jnp.einsum("gij,gop->giojp", a, self.b)  # (g, i, o, j, p)
         g, i, o = self.layout.sizes
-        at = self._indices().reshape(g, i * o)
+        at = self.indices().reshape(g, i * o)
         blocks = product.reshape(g, i * o, i * o)
         found = jnp.zeros((self.place.size,) * 2, blocks.dtype)
         return found.at[at[:, :, None], at[:, None, :]].set(blocks)
 
-    def _indices(self) -> np.ndarray:
-        """The place in the flattened parameter of every (g, i, o)."""
-        order = [axis for group in self.layout.groups for axis in group]
-        split = self.place.indices().reshape(self.layout.split)
-        return split.transpose(order).reshape(self.layout.sizes)
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EigenBlock(Block):
+    """A block ``(U_A ⊗ U_B) diag(values) (U_A ⊗ U_B)ᵀ``.
+
+    Attributes:
+      a: eigenvectors of the activations' factor, (g, i, i); None for unit vectors.
+      b: those of the error signals' factor, (g, o, o).
+      values: (g, i, o).
+      layout, place: as of `Block`.
+    """
+
+    a: Any
+    b: Any
+    values: Any
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    place: Place = dataclasses.field(metadata={"static": True})
+
+    def turn(self, x):
+        """U_Aᵀ x U_B, of (…, g, i, o)."""
+        if self.a is not None:
+            x = self.a.mT @ x
+        return x @ self.b
+
+    def turn_back(self, x):
+        """U_A x U_Bᵀ."""
+        if self.a is not None:
+            x = self.a @ x
+        return x @ self.b.mT
+
+    def apply(self, function: Callable, leaf):
+        """A leaf turned, a function applied to its elements (g, i, o), and turned back."""
+        return self.restore(self.turn_back(function(self.turn(self.arrange(leaf)))))
+
+    def matvec(self, leaf):
+        return self.apply(lambda x: self.values * x, leaf)
+
+    def diagonal(self):
+        a = jnp.eye(self.values.shape[1])[None] if self.a is None else self.a
+        return self.restore(a**2 @ self.values @ (self.b**2).mT)
+
+    def dense(self):
+        size = self.place.size
+        basis = jnp.eye(size, dtype=self.values.dtype).reshape(size, *self.place.leaf)
+        return jax.vmap(self.matvec)(basis).reshape(size, size)
 
 
 def block_of_sites(
@@ -88,7 +204,7 @@ def block_of_sites(
         out = [Dense(sum(map(_over_places, out)))]
     a = _sum([_outer(p, shares) for p in into]) / n_places
     b = _sum([_outer(q, counts) for q in out])
-    return KroneckerBlock(a, b, sites[0].layout, _place(view, start))
+    return KroneckerBlock(a, b, sites[0].layout, place_of(view, start))
 
 
 def block_without_activations(each, view, start, depth: int, shares, counts) -> KroneckerBlock:
@@ -101,12 +217,20 @@ def block_without_activations(each, view, start, depth: int, shares, counts) -> 
     mean = jnp.sum(jnp.broadcast_to(shares, len(each)))  # over all pieces of a batch it is one
     a = jnp.full((stack, rows), mean / rows, x.dtype)
     layout = Layout(view.shape, (stack, rows, last), ((0,), (1,), (2,)))
-    return KroneckerBlock(a, _outer(Dense(x), counts), layout, _place(view, start))
+    return KroneckerBlock(a, _outer(Dense(x), counts), layout, place_of(view, start))
 
 
-def _place(view: np.ndarray, leaf: np.ndarray) -> Place:
+def place_of(view: np.ndarray, leaf: np.ndarray) -> Place:
+    """Where a view of the array that stands for a leaf lies in it."""
     offset = view.__array_interface__["data"][0] - leaf.__array_interface__["data"][0]
-    return Place(offset, view.shape, view.strides, leaf.size)
+    return Place(offset, view.shape, view.strides, leaf.shape)
+
+
+def diagonal_block(values, view: np.ndarray, start: np.ndarray) -> KroneckerBlock:
+    """A diagonal block, from its values: of the shape of the weight, a view of the leaf `start`."""
+    layout = Layout(view.shape, (1, view.size, 1), ((0,), (1,), (2,)))
+    one = jnp.ones((1, 1, 1), values.dtype)
+    return KroneckerBlock(values.reshape(1, view.size), one, layout, place_of(view, start))
 
 
 def _sum(outers: Sequence):

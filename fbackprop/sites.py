@@ -168,6 +168,18 @@ def inner_all(p: Dense | OneHot, q: Dense | OneHot):
     return contract(f"{p.term()},{other}->nctmdug", wide(p.x), wide(q.x))
 
 
+def turned_factor(p: Dense | OneHot, u) -> Dense | OneHot:
+    """Uᵀ pₜ for orthonormal columns U (g, f, f); None leaves a factor as it is."""
+    if u is None:
+        return p
+    if isinstance(p, OneHot):
+        rows = u.at[jnp.arange(len(u)), p.indices].get(mode="fill", fill_value=0)
+        return Dense(rows)
+    grouped = p.axes if "g" in p.axes else p.axes.replace("f", "gf")
+    turned = "".join("h" if axis == "f" else axis for axis in grouped)
+    return Dense(contract(f"{p.axes},gfh->{turned}", p.x, u), grouped)
+
+
 # --- how a weight's axes are grouped --------------------------------------------------------------
 
 
@@ -197,6 +209,14 @@ class Layout(NamedTuple):
         x = x.transpose(*range(n), *(n + int(k) for k in np.argsort(order)))
         return x.reshape(*lead, *self.shape)
 
+    def arrange(self, x):
+        """An array (…, *shape) as (…, g, i, o): the inverse of `restore`."""
+        order = [axis for group in self.groups for axis in group]
+        lead = x.shape[: x.ndim - len(self.shape)]
+        x = x.reshape(*lead, *self.split)
+        x = x.transpose(*range(len(lead)), *(len(lead) + k for k in order))
+        return x.reshape(*lead, *self.sizes)
+
 
 # --- sites ----------------------------------------------------------------------------------------
 
@@ -213,7 +233,7 @@ class Site:
       met: what the weight met there, as it was.
     """
 
-    use: Use | None = None
+    use: Any = None
     met: Any = None
 
     def __init__(self, a: Dense | OneHot, b, layout: Layout):
@@ -263,6 +283,34 @@ class Site:
         if isinstance(self.a, OneHot):
             return self.layout.restore(scatter(self.a, b))
         return self.layout.restore(contract(self.a.term(f="i") + ",ntgo->gio", self.a.x, b))
+
+    def along(self, direction):
+        """⟨gradient, direction⟩ for a direction of the weight's shape, (n, c)."""
+        v = self.layout.arrange(direction)
+        if isinstance(self.a, OneHot):
+            groups = jnp.arange(len(v))
+            met = v.at[groups, self.a.indices].get(mode="fill", fill_value=0)
+        else:
+            met = contract(self.a.term(f="i") + ",gio->nctgo", self.a.x, v)
+        return contract("nxtgo,nctgo->nc", wide(met), wide(self.b))
+
+
+def _flatten(site: Site):
+    a = site.a
+    if isinstance(a, OneHot):
+        return (a.indices, site.b), (OneHot, a.size, site.layout, site.use)
+    return (a.x, site.b), (Dense, a.axes, site.layout, site.use)
+
+
+def _unflatten(static, arrays) -> Site:
+    kind, how, layout, use = static
+    x, b = arrays
+    site = Site(kind(x, how), b, layout)
+    site.use = use
+    return site
+
+
+jax.tree_util.register_pytree_node(Site, _flatten, _unflatten)
 
 
 def form(a: Dense | OneHot, b):
@@ -393,9 +441,10 @@ class _Convolution(Site):
     """Of a convolution's kernel: activations are patches, cut out only for what needs them."""
 
     is_lookup = False
+    use: Use
 
     def __init__(self, use: Use, met, signals, weight_shape):
-        self._use, self.met, self.signals = use, met, signals
+        self.use, self.met, self.signals = use, met, signals
         eqn = use.eqn
         numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
         shared, stacked = _loops(use)
@@ -432,11 +481,11 @@ class _Convolution(Site):
     def some(self, first, size: int) -> Site:
         """Patches are cut for them alone."""
         met, signals = (lax.dynamic_slice_in_dim(x, first, size) for x in (self.met, self.signals))
-        return _Convolution(self._use, met, signals, self.layout.shape)
+        return _Convolution(self.use, met, signals, self.layout.shape)
 
     def _patches(self, examples_first: bool) -> Dense:
-        eqn, (shared, stacked) = self._use.eqn, _loops(self._use)
-        image = [1 + len(self._use.loops) + d for d in eqn.params["dimension_numbers"].lhs_spec]
+        eqn, (shared, stacked) = self.use.eqn, _loops(self.use)
+        image = [1 + len(self.use.loops) + d for d in eqn.params["dimension_numbers"].lhs_spec]
         batch, feature, *space = image
         stacked, shared = [1 + i for i in stacked], [1 + i for i in shared]
         lead = [0, *stacked] if examples_first else stacked
@@ -455,10 +504,10 @@ class _Convolution(Site):
 
     def total(self, shares):
         """By the convolution's own backward rule on the whole batch: no patches."""
-        eqn = self._use.eqn
-        lead = 1 + len(self._use.loops)
+        eqn = self.use.eqn
+        lead = 1 + len(self.use.loops)
         ct = over_columns(self.signals, shares)
-        shared, stacked = _loops(self._use)
+        shared, stacked = _loops(self.use)
         numbers = eqn.params["dimension_numbers"]
         at_x, at_out = numbers.lhs_spec[0], numbers.out_spec[0]
         x = _fold(self.met, [1 + i for i in stacked], [0, *(1 + i for i in shared)], lead, at_x)
@@ -515,6 +564,12 @@ def _patches(x, at: int, eqn):
         x = jnp.stack([lax.slice_in_dim(x, i, i + span, stride, axis) for i in starts], at)
     return x
 
+
+jax.tree_util.register_pytree_node(
+    _Convolution,
+    lambda site: ((site.met, site.signals), (site.use, site.layout.shape)),
+    lambda static, arrays: _Convolution(static[0], arrays[0], arrays[1], static[1]),
+)
 
 _MAKERS: dict[str, Callable] = {
     "dot_general": _product,

@@ -123,14 +123,14 @@ def agree(program, x):
     assert_close(gradient, theirs, scale=50)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(instructions(1), POINTS)
 def test_random_programs(program, x):
     agree(program, x)
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(instructions(2), POINTS)
 def test_random_nested_programs(program, x):
     agree(program, x)

@@ -10,6 +10,7 @@ from fbackprop.quantities.first_order import Gradient as Gradient
 from fbackprop.quantities.first_order import GradientNoiseScale as GradientNoiseScale
 from fbackprop.quantities.first_order import SecondMoment as SecondMoment
 from fbackprop.quantities.first_order import Variance as Variance
+from fbackprop.quantities.kronecker import EigenvalueCorrection as EigenvalueCorrection
 from fbackprop.quantities.kronecker import Kronecker as Kronecker
 from fbackprop.quantities.second_order import FisherDiagonal as FisherDiagonal
 from fbackprop.quantities.second_order import GGNBlock as GGNBlock

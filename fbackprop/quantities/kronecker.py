@@ -36,6 +36,8 @@ class Kronecker(Quantity):
       samples: None for all columns of a root of the loss's Hessian (KFLR; Botev, Ritter and Barber
         2017), else how many random ones (KFAC).
       sharing: "expand" or "reduce".
+      vectors: "block" for the exact block of a vector without activations, (P, P) for P elements;
+        "diagonal" for its diagonal, which costs nothing to speak of.
       empirical: whether to use the data's labels instead, of the gradient itself.
       label: for KFAC with labels drawn by ``label(key, prediction)``, or by "model" for a loss of
         `fb.losses`; None for random combinations of the root's columns.
@@ -43,12 +45,15 @@ class Kronecker(Quantity):
 
     samples: int | None = None
     sharing: str = "expand"
+    vectors: str = "block"
     empirical: bool = False
     label: Callable | str | None = None
 
     def __post_init__(self):
         if self.sharing not in ("expand", "reduce"):
             raise ValueError(f'sharing={self.sharing!r}: choose "expand" or "reduce"')
+        if self.vectors not in ("block", "diagonal"):
+            raise ValueError(f'vectors={self.vectors!r}: choose "block" or "diagonal"')
         if self.label is not None and self.samples is None:
             raise ValueError("label= draws labels: say how many with samples=")
         super().__post_init__()
@@ -61,8 +66,12 @@ class Kronecker(Quantity):
             return Labels(self.samples, self.label if callable(self.label) else None)
         return HessianRoot(self.samples)
 
+    def along(self, vectors) -> EigenvalueCorrection:
+        """The second moments along eigenvectors, of the same columns as these factors."""
+        return EigenvalueCorrection(vectors, self.columns)
+
     def extract(self, gradients):
-        return gradients.factors(self.sharing)
+        return gradients.factors(self.sharing, self.vectors)
 
     def scaled(self, found, scale):
         return jax.tree.map(
@@ -70,3 +79,27 @@ class Kronecker(Quantity):
             found,
             is_leaf=lambda x: isinstance(x, KroneckerBlock),
         )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EigenvalueCorrection(Quantity):
+    r"""The Gauss-Newton diagonal in the basis of Kronecker factors' eigenvectors.
+
+    $$s = \frac1N \sum_{nc} \bigl(U_A^T G_{nc} U_B\bigr)^2$$
+
+    elementwise, with $G_{nc}$ the gradient of column c (George et al. 2018, eq. 12): of all
+    diagonal matrices in this basis it is the nearest to the Gauss-Newton matrix in Frobenius norm.
+    Returns a pytree like the parameters of tuples of arrays (g, i, o), for
+    `EigenFactors.with_values`.
+
+    Attributes:
+      vectors: a pytree like the parameters of tuples of `EigenBlock`: `EigenFactors.blocks`.
+      columns: what is sent back, as of `Quantity`; by default all of the loss's Hessian.
+    """
+
+    vectors: Any
+    columns: Any = HessianRoot()
+    scales = True
+
+    def extract(self, gradients):
+        return gradients.squares_along(self.vectors)

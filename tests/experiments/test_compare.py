@@ -1,29 +1,36 @@
-"""Tiny comparisons end to end: what a run leaves behind, and how it fails."""
+"""Tiny comparisons: what a run leaves behind, what it means, and how it fails."""
 
 import csv
 import json
 import math
+import os
+import signal
+import time
+from typing import get_args
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from experiments import compare, gauss_newton, report, tasks, training
-from experiments.training import Record
+from experiments import compare, figures, outcome, report, search, tasks, training
+from experiments.cost import Cost
+from experiments.optimizers import OPTIMIZERS, Optimizer, OptimizerName
+from experiments.outcome import Outcome, Quartiles
+from experiments.training import Curve, Schedule
+from fbackprop import losses
 
-TINY = ["--records", "4", "--cg-iterations", "3", "--curvature-batch", "64", "--name", "run"]
-ALL = ["sgd", "momentum", "adam", "gauss-newton"]
+PLENTY = 2.0**30
 
 
 def run(folder, *options):
-    status = compare.main([*TINY, "--out", str(folder), *options])
+    status = compare.main(["--out", str(folder), "--name", "run", *options])
     return status, folder / "run"
 
 
-def read(folder):
-    with (folder / "curves.csv").open(newline="") as file:
+def rows_of(path):
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -40,107 +47,280 @@ def one_error_line(capsys):
     return error
 
 
-@pytest.fixture
-def few_animals(tmp_path):
+@pytest.fixture(scope="module")
+def line():
+    """A task that compiles fast: a linear model, twelve examples to learn from and three others."""
     random = np.random.default_rng(0)
-    file = tmp_path / "few.npz"
-    images = random.integers(0, 256, (200, 28, 28), dtype=np.uint8)
-    np.savez(file, images=images, labels=np.repeat(np.arange(10, dtype=np.uint8), 20))
-    return ["--data-file", str(file)]
+    inputs = random.standard_normal((15, 3)).astype(np.float32)
+    targets = (inputs @ np.array([1.0, -2.0, 0.5], np.float32))[:, None] + 0.1
+    return tasks.Task(
+        init=lambda key: jax.random.normal(key, (3, 1)),
+        apply=lambda params, x: x @ params,
+        loss=losses.squared_error,
+        score=lambda output, target: jnp.sum(jnp.abs(output - target)),
+        score_name="test error",
+        train=(inputs[:12], targets[:12]),
+        test=(inputs[12:], targets[12:]),
+        budget=tasks.Budget(1, 4, 12),
+    )
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--dataset", "digits", "--budget", "2"],
-        ["--dataset", "digits", "--network", "convnet", "--budget", "0.2", "--methods", "adam"],
-        ["--dataset", "animals", "--budget", "2", "--methods", "sgd"],
-        ["--dataset", "mazur", "--budget", "20"],
-        ["--dataset", "autoencoder", "--budget", "2", "--methods", "adam", "gauss-newton"],
-        ["--dataset", "autoencoder", "--images", "animals", "--budget", "2", "--methods", "adam"],
-    ],
-    ids=["digits", "convnet", "animals", "mazur", "autoencoder", "animals autoencoder"],
-)
-def test_a_run_leaves_files_that_parse(options, tmp_path, few_animals, capsys):
-    status, folder = run(tmp_path, *options, *few_animals)
+def small_search(task, optimizer, settings, seeds, stops, batch_size=4, **options):
+    options = {"memory": PLENTY} | options
+    parts = training.parts_of(task, 10_000)
+    schedule = Schedule(batch_size, tuple(stops))
+    starts = training.starts(task, schedule, seeds)
+    return search.search(task, optimizer, settings, starts, schedule, parts, **options)
+
+
+# What a run leaves behind -------------------------------------------------------------------------
+
+
+def test_a_run_leaves_files_that_parse(tmp_path, capsys):
+    names = ["adam", "kfac", "levenberg-marquardt"]
+    budget = ["--steps", "6", "--trials", "4", "--seeds", "2", "--records", "4"]
+    status, folder = run(tmp_path, "--problem", "diabetes", "--optimizers", *names, *budget)
     assert status == 0
-    methods = options[options.index("--methods") + 1 :] if "--methods" in options else ALL
-    rows = read(folder)
-    assert list(rows[0]) == list(Record._fields)
-    assert [row["method"] for row in rows if row["step"] == "0"] == methods
-    for name in methods:
-        losses = [float(row["train_loss"]) for row in rows if row["method"] == name]
-        assert losses[-1] < losses[0]
-    assert len({row["train_loss"] for row in rows if row["step"] == "0"}) == 1  # one start for all
-    assert all((row["test_score"] == "") == ("mazur" in options) for row in rows)
-    assert [result["method"] for result in json_of(folder / "summary.json")] == methods
+    rows = rows_of(folder / "curves.csv")
+    assert tuple(rows[0]) == report.CURVES
+    ends = [row for row in rows if row["step"] == "6"]
+    assert [row["optimizer"] for row in ends] == [n for n in names for _ in range(4 * 2)]
+    starts = {(row["seed"], row["train_loss"]) for row in rows if row["step"] == "0"}
+    assert len(starts) == 2  # one start for all, for each seed
+    tried = rows_of(folder / "search.csv")
+    assert [row["optimizer"] for row in tried if row["best"] == "True"] == names
+    summary = json_of(folder / "summary.json")
+    assert [result["optimizer"] for result in summary["optimizers"]] == names
+    for result, size in zip(summary["optimizers"], [64, 64, 354], strict=True):
+        assert result["batch_size"] == size and result["step_gradients"] > 0
+        ends = result["train_loss"]
+        assert ends["lower"] <= ends["median"] <= ends["upper"] < 0.6
+    adam = summary["optimizers"][0]  # alone of first order, so it reaches the target, its own end
+    assert adam["train_loss"]["median"] == summary["target"]
+    assert adam["to_target"]["seeds_that_reach"] >= 1 and adam["to_target"]["steps"]["lower"] <= 6
     config = json_of(folder / "config.json")
-    assert config["settings"]["dataset"] == options[1] and config["parameters"] > 0
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "gradient-equivalents" in capsys.readouterr().out
-
-
-def test_the_seed_decides_everything_but_the_seconds(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "plot", lambda *arguments: None)  # slow, and not what is tested
-
-    def curves(folder, *options):
-        run(tmp_path / folder, "--budget", "1", "--methods", "adam", *options)
-        return [dict(row, seconds="") for row in read(tmp_path / folder / "run")]
-
-    assert curves("a") == curves("b") != curves("c", "--seed", "1")
-
-
-def test_a_method_that_diverges_stops_alone(tmp_path, capsys):
-    methods = ["sgd", "gauss-newton"]
-    divergent = ["--budget", "2", "--learning-rate", "1e30", "--methods", *methods]
-    status, folder = run(tmp_path, "--dataset", "autoencoder", *divergent)
-    assert status == 0
+    assert config["parameters"] == 897 and len(config["tried"]["kfac"]) == 4
+    for figure in ("curves.png", "search.png"):
+        assert (folder / figure).read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
-    assert "sgd stopped at step" in said and "try a lower --learning-rate (it was 1e+30)" in said
-    results = json_of(folder / "summary.json")
-    assert [result["method"] for result in results] == methods
-    assert results[0]["remark"] and results[0]["train_loss"] is None
-    assert results[-1]["remark"] is None and results[-1]["train_loss"] < 10
-    rows = [row for row in read(folder) if row["method"] == "sgd"]
-    assert math.isfinite(float(rows[0]["train_loss"]))
-    assert not math.isfinite(float(rows[-1]["train_loss"]))
-    assert (folder / "curves.png").exists()
+    assert "gradient-equivalents" in said and "Levenberg–Marquardt: 8 runs of 6 steps" in said
 
 
-def test_a_loss_that_rises_is_remarked_on(tmp_path, capsys):
-    options = ["--budget", "1", "--learning-rate", "1e30", "--methods", "sgd"]
-    assert run(tmp_path, *options)[0] == 0
-    assert "sgd ended with a higher loss than it started from" in capsys.readouterr().out
+def test_what_diverges_is_said_and_drawn(tmp_path):
+    lost = outcome_of("sgd", np.full((2, 3, 4), math.nan), [{"learning_rate": r} for r in (1, 2)])
+    risen = outcome_of("kfac", [[[1, 2, 3]]], [{"learning_rate": 1, "damping": 1}])
+    assert "no setting kept the loss finite" in report.line(lost)
+    assert "no setting lowered the loss" in report.line(risen)
+    report.write(tmp_path, [lost, risen], math.inf)
+    result, _ = json_of(tmp_path / "summary.json")["optimizers"]
+    assert result["train_loss"]["median"] is None and result["diverged"] == 2
+    figures.curves(tmp_path / "curves.png", [lost, risen], math.inf, "test error")
+    figures.search(tmp_path / "search.png", [lost, risen])
 
 
 def test_an_interruption_keeps_what_was_written(tmp_path, capsys, monkeypatch):
-    show = compare.ProgressDisplay.show
+    measure = compare.cost.measure
 
-    def interrupt(display, record):
-        show(display, record)
-        if record.method == "adam" and record.step:
+    def interrupt(task, optimizer, *rest):
+        if optimizer is OPTIMIZERS["adam"]:
             raise KeyboardInterrupt
+        return measure(task, optimizer, *rest)
 
-    monkeypatch.setattr(compare.ProgressDisplay, "show", interrupt)
-    status, folder = run(tmp_path, "--dataset", "mazur", "--budget", "20")
-    assert status == 130
-    assert str(folder) in capsys.readouterr().err
-    assert [row["method"] for row in read(folder)][-2:] == ["adam", "adam"]
-    assert len(json_of(folder / "summary.json")) == 2
+    monkeypatch.setattr(compare.cost, "measure", interrupt)
+    quick = ["--problem", "mazur", "--steps", "2", "--trials", "1", "--seeds", "1"]
+    status, folder = run(tmp_path, *quick, "--optimizers", "sgd", "adam")
+    assert status == 130 and str(folder) in capsys.readouterr().err
+    assert {row["optimizer"] for row in rows_of(folder / "curves.csv")} == {"sgd"}
+
+
+# Training and search ------------------------------------------------------------------------------
+
+
+def test_a_lane_is_what_a_plain_loop_does(line):
+    settings = [{"learning_rate": rate} for rate in (1e-3, 1e-1)]
+    found = small_search(line, OPTIMIZERS["adam"], settings, [0, 5], (0, 1, 4), 12)
+    optimizer = optax.adam(1e-1)
+    params = line.init(jax.random.split(jax.random.key(5), 3)[0])
+    state = optimizer.init(params)
+    expected = [line.mean_loss(params, *line.train)]
+    for _ in range(4):
+        gradient = jax.grad(line.mean_loss)(params, *line.train)
+        change, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, change)
+        expected.append(line.mean_loss(params, *line.train))
+    curves = jax.tree.map(lambda leaf: leaf[1, 1], found.curves)
+    np.testing.assert_allclose(curves.train_loss, np.array(expected)[[0, 1, 4]], 1e-5)
+    np.testing.assert_allclose(curves.test_loss[-1], line.mean_loss(params, *line.test), 1e-5)
+    apart = jax.vmap(line.score)(line.test[0] @ params, line.test[1])
+    np.testing.assert_allclose(curves.test_score[-1], jnp.mean(apart), 1e-5)
+
+
+def test_the_line_search_of_another_library_finds_what_it_needs(line):
+    found = small_search(line, OPTIMIZERS["lbfgs"], [{}], [0], (0, 3), 12)
+    start, end = found.curves.train_loss[0, 0]
+    assert end < start / 2
+
+
+def test_chunks_change_nothing_but_the_memory(line):
+    settings, seeds = [{"learning_rate": rate} for rate in (1e-3, 1e-2, 1e-1)], [0]
+    asked = line, OPTIMIZERS["sgd"], settings, seeds, (0, 2, 9)
+    records = []
+    whole = small_search(*asked, started=records.append)
+    single = small_search(*asked, memory=1.0, started=records.append)
+    assert (whole.at_once, single.at_once) == (3, 1)
+    assert records == [3, 9]
+    np.testing.assert_allclose(single.curves.train_loss, whole.curves.train_loss, 1e-5)
+    lanes = {"x": jnp.arange(3)}, training.Start({}, jnp.zeros((3, 0)), jnp.arange(3))
+    assert [chunk[0]["x"].tolist() for chunk in search._chunks(lanes, 2)] == [[0, 1], [2, 2]]
+
+
+def test_what_an_optimizer_does_now_and_then_stays_a_branch(line):
+    def now_and_then(learning_rate):
+        def update(gradient, count, params=None):
+            factor = jax.lax.cond(count % 10 == 0, lambda: learning_rate, lambda: 0 * learning_rate)
+            return jax.tree.map(lambda g: -factor * g, gradient), count + 1
+
+        return optax.GradientTransformation(lambda params: jnp.int32(0), update)
+
+    row = Optimizer("", now_and_then, {"learning_rate": (1, 2)}, "small", "")
+    schedule = Schedule(4, (0, 20))
+    train = training.trainer(line, row, schedule, lambda: True)
+    lanes = {"learning_rate": jnp.ones(3)}, training.starts(line, schedule, [0, 1, 2])
+    mapped = jax.jit(jax.vmap(train, in_axes=(0, 0, None)))
+    text = mapped.lower(*lanes, training.parts_of(line, 100)).as_text()
+    assert text.count("stablehlo.case") == 2  # this one, and whether to go on
+
+
+def test_ctrl_c_ends_training_at_the_next_record(line):
+    seen, rates = [], [{"learning_rate": 0.1}]
+
+    def recorded():
+        seen.append(len(seen))
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)  # long enough for the main thread to hear of it
+
+    with pytest.raises(KeyboardInterrupt):
+        small_search(line, OPTIMIZERS["sgd"], rates, [0], range(50), recorded=recorded)
+    assert len(seen) == 2
+
+
+def test_batches_visit_every_example_once_per_shuffle(line):
+    data = jnp.arange(10), jnp.arange(10)
+    ten = line._replace(train=data, init=lambda key: ())
+    start = training.starts(ten, Schedule(4, (5,)), [0])
+    batch = training.batches(start.order[0], data, Schedule(4, (5,)))
+    order = np.concatenate([batch(step)[0] for step in range(5)])
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10].tolist() != order[10:].tolist()
+    assert training.starts(ten, Schedule(10, (5,)), [0]).order.shape == (1, 0)
+    assert training.batches(start.order[0], data, Schedule(10, (5,)))(3) is data
+
+
+def test_stops_grow_to_the_last_step():
+    for last in (1, 2, 7, 1000):
+        stops = training.stops(last, 10)
+        assert stops == tuple(sorted(set(stops))) and stops[0] == 0 and stops[-1] == last
+
+
+def test_settings_fit_the_trials_and_the_ranges():
+    plain, curved, none = (OPTIMIZERS[name] for name in ("sgd", "gauss-newton", "lbfgs"))
+    assert [len(search.grid(plain, n)) for n in (1, 2, 9)] == [1, 2, 9]
+    assert [len(search.grid(curved, n)) for n in (1, 2, 5, 6, 9)] == [1, 2, 4, 6, 9]
+    assert search.grid(none, 9) == search.drawn(none, 9, 0) == [{}]
+    low, high = plain.ranges["learning_rate"]
+    rates = [setting["learning_rate"] for setting in search.grid(plain, 5)]
+    assert (rates[0], rates[-1]) == (low, high)
+    drawn = search.drawn(curved, 50, 0)
+    assert drawn == search.drawn(curved, 50, 0) != search.drawn(curved, 50, 1)
+    for name, (low, high) in curved.ranges.items():
+        values = [setting[name] for setting in drawn]
+        assert low <= min(values) < math.sqrt(low * high) / 3 < max(values) <= high
+    given = compare.Settings(learning_rates=(0.5, 0.1, 0.2), trials=9)
+    assert len(compare.settings_of(given, curved)) == 9
+    assert [s["learning_rate"] for s in compare.settings_of(given, plain)] == [0.5, 0.1, 0.2]
+    assert compare.settings_of(given, none) == [{}]
+
+
+def test_every_optimizer_takes_its_hyper_parameters():
+    assert set(OPTIMIZERS) == set(get_args(OptimizerName))
+    for row in OPTIMIZERS.values():
+        for setting in search.grid(row, 1):
+            assert callable(row.build(**setting).update), row.label
+
+
+# What it means ------------------------------------------------------------------------------------
+
+
+def outcome_of(name, losses, settings):
+    """An outcome with these training losses, (S, K, R), recorded after each of R − 1 steps."""
+    losses = np.asarray(losses, float)
+    curves = Curve(losses, losses, losses)
+    schedule = Schedule(1, tuple(range(losses.shape[2])))
+    seeds = list(range(losses.shape[1]))
+    found = search.Found(curves, losses.shape[0] * losses.shape[1], 0.0, 0.0)
+    return Outcome(name, settings, seeds, schedule, found, Cost(0.5, 0.1))
+
+
+def test_the_best_setting_has_the_lowest_median_and_what_diverged_is_infinite():
+    nan = math.nan
+    losses = [
+        [[3, 2, 1], [3, 2, 1], [3, 2, 1]],
+        [[3, 0.1, 0.1], [3, 0.2, 0.2], [3, nan, nan]],  # the best: one seed of three diverged
+        [[3, 0, 0], [3, nan, nan], [3, nan, nan]],
+    ]
+    rates = [{"learning_rate": rate} for rate in (0.1, 0.2, 0.3)]
+    found = outcome_of("sgd", losses, rates)
+    assert found.setting == {"learning_rate": 0.2} and found.at_the_edge() == []
+    assert found.end("train_loss") == Quartiles(0.1, 0.2, math.inf)
+    assert found.final.median.tolist() == [1, 0.2, math.inf]
+    assert report.summary(found, 0.2)["diverged"] == 1
+    assert outcome_of("sgd", losses[:2], rates[:2]).at_the_edge() == ["learning_rate"]
+
+
+def test_a_target_is_reached_at_the_first_record_below_it():
+    losses = [[[4, 3, 2, 1], [4, 1, 2, 1], [4, 4, 4, 4]]]
+    found = outcome_of("adam", losses, [{}])
+    reached = found.reach(2)
+    assert reached.seeds == 2
+    assert reached.steps == Quartiles(1, 2, math.inf)
+    assert reached.seconds == Quartiles(0.5, 1.0, math.inf)
+    np.testing.assert_allclose(reached.gradients, (0.1, 0.2, math.inf))
+    # The target is where the best first-order method ended, whatever the others did.
+    lower = outcome_of("kfac", np.asarray(losses) / 10, [{}])
+    assert outcome.target_of([found, lower]) == 1
+    assert outcome.target_of([lower]) == 0.1
+
+
+@pytest.mark.parametrize("name", get_args(tasks.ProblemName))
+def test_every_problem_fits_together(name):
+    task = tasks.build(name)
+    with jax.enable_x64(task.precision == "float64"):
+        params = jax.eval_shape(task.init, jax.random.key(0))
+        few = training.parts_of(task, 2)
+        point = jax.eval_shape(lambda params: training.record(task, params, few), params)
+    assert all(leaf.shape == () for leaf in point)
+    assert all(leaf.dtype == task.precision for leaf in point[:2])
+    assert len(task.train[0]) == len(task.train[1]) and len(task.test[0]) == len(task.test[1])
+
+
+# How it fails -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--dataset", "letters"], "'letters'"),
+        (["--problem", "letters"], "'letters'"),
         (["--rate", "1"], "--rate"),
-        (["--budget", "much"], "--budget"),
-        (["--budget", "-1"], "--budget must be greater than 0"),
-        (["--budget", "nan"], "--budget must be greater than 0"),
-        (["--batch-size", "0"], "--batch-size must be greater than 0"),
-        (["--dataset", "mazur", "--network", "mlp"], "leave --network out"),
-        (["--methods", "sgd", "sgd"], "each of them once"),
-        (["--methods"], "--methods takes"),
+        (["--steps", "many"], "--steps"),
+        (["--steps", "0"], "--steps must be greater than 0"),
+        (["--passes", "nan"], "--passes must be greater than 0"),
+        (["--learning-rates", "0.1", "-1"], "--learning-rates must be greater than 0"),
+        (["--dampings"], "--dampings takes one or more"),
+        (["--passes", "1", "--steps", "1"], "leave one out"),
+        (["--seed", "-1"], "--seed must be"),
+        (["--optimizers", "sgd", "sgd"], "each of them once"),
+        (["--optimizers"], "--optimizers takes"),
     ],
 )
 def test_options_that_make_no_sense(options, words, tmp_path, capsys):
@@ -151,84 +331,22 @@ def test_options_that_make_no_sense(options, words, tmp_path, capsys):
 
 
 def test_a_missing_data_file(tmp_path, capsys):
-    status, folder = run(tmp_path, "--dataset", "animals", "--data-file", str(tmp_path / "no.npz"))
+    gone = ["--problem", "animals-mlp", "--data-file", str(tmp_path / "no.npz")]
+    status, folder = run(tmp_path, *gone)
     assert status == 1 and not folder.exists()
     assert "missing" in one_error_line(capsys)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+def test_folders_that_cannot_be_had(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    status, _ = run(tmp_path / "file", "--dataset", "mazur")
-    assert status == 1
+    assert run(tmp_path / "file", "--problem", "mazur")[0] == 1
     assert "give another --out" in one_error_line(capsys)
-
-
-def test_a_name_that_is_taken(tmp_path, capsys):
-    quick = ["--dataset", "mazur", "--budget", "2", "--methods", "sgd"]
-    assert run(tmp_path, *quick)[0] == 0
-    capsys.readouterr()
-    assert run(tmp_path, *quick)[0] == 2
+    (tmp_path / "run").mkdir()
+    assert run(tmp_path, "--problem", "mazur")[0] == 2
     assert "--overwrite" in one_error_line(capsys)
-    assert run(tmp_path, *quick, "--overwrite")[0] == 0
+    assert report.make_folder(tmp_path, "run", "", overwrite=True) == tmp_path / "run"
 
 
 def test_folders_without_a_name_are_numbered(tmp_path):
     made = [report.make_folder(tmp_path, None, "task", overwrite=False).name for _ in range(3)]
     assert made == ["task", "task-2", "task-3"]
-
-
-def test_the_product_is_that_of_the_gauss_newton_matrix():
-    with jax.enable_x64(True):
-        task = tasks.build("mazur")
-        params = task.init(jax.random.key(0))
-        inputs, targets = (jnp.asarray(part) for part in task.train)
-        flat, unravel = jax.flatten_util.ravel_pytree(params)
-        jacobian = jax.jacfwd(lambda flat: task.apply(unravel(flat), inputs[0]))(flat)
-        vector = jnp.arange(1.0, 9.0)
-        found = gauss_newton.product(task, params, inputs, targets)(unravel(vector))
-        # The Hessian of half the squared error is the identity.
-        expected = jacobian.T @ (jacobian @ vector)
-        np.testing.assert_allclose(jax.flatten_util.ravel_pytree(found)[0], expected, rtol=1e-12)
-
-
-def test_conjugate_gradients_solve_and_say_what_is_left():
-    matrix = jnp.diag(jnp.array([1.0, 2.0, 5.0])) + 0.1
-    target = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([3.0])}
-    flat, unravel = jax.flatten_util.ravel_pytree(target)
-
-    def multiply(vector):
-        return unravel(matrix @ jax.flatten_util.ravel_pytree(vector)[0])
-
-    for iterations, exact in ((3, True), (1, False)):
-        found = gauss_newton.conjugate_gradients(multiply, target, iterations, 1e-6)
-        solution, residual = (jax.flatten_util.ravel_pytree(tree)[0] for tree in found[:2])
-        np.testing.assert_allclose(residual, flat - matrix @ solution, atol=1e-5)
-        assert bool(jnp.linalg.norm(residual) < 1e-4) == exact
-        assert found.products == iterations
-
-
-def test_a_step_that_raises_the_loss_is_not_taken():
-    with jax.enable_x64(True):
-        task = tasks.build("mazur")
-        start = jax.tree.map(lambda leaf: 30 * leaf, task.init(jax.random.key(0)))
-        batch = [jnp.asarray(part) for part in task.train]
-        tiny = jnp.asarray(1e-12)
-        step = gauss_newton.step(task, start, tiny, *batch, iterations=20)
-        after = task.mean_loss(step.params, *batch)
-        assert bool(step.accepted) == bool(after < step.loss)
-        if not step.accepted:
-            assert step.damping == tiny * gauss_newton.REJECTED
-
-
-def test_batches_visit_every_example_once_per_shuffle():
-    order = training.batches(examples=10, size=4, count=5, seed=0).reshape(-1)
-    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
-    full = training.batches(examples=3, size=3, count=2, seed=0)
-    assert full.tolist() == [[0, 1, 2], [0, 1, 2]]
-
-
-def test_stops_grow_to_the_last_step():
-    for last in (1, 2, 7, 1000):
-        stops = training.stops(last, 10, every=False)
-        assert stops == sorted(set(stops)) and stops[0] == 1 and stops[-1] == last
-    assert training.stops(4, 10, every=True) == [1, 2, 3, 4]

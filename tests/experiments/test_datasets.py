@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import datasets
+from experiments import datasets, sequences, text
 from experiments.command import ExperimentError
 
 SETS = {
@@ -90,3 +90,32 @@ def test_a_missing_packaged_file_says_how_to_restore_it(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.importlib.resources, "files", lambda package: tmp_path)
     with pytest.raises(ExperimentError, match=r"missing; .*git checkout"):
         datasets.animals()
+
+
+def test_diabetes_is_standardised_by_its_training_part():
+    data = datasets.diabetes()
+    assert data.train_inputs.shape == (354, 10) and data.test_targets.shape == (88, 1)
+    for part in (data.train_inputs, data.train_targets):
+        np.testing.assert_allclose(part.mean(0), 0, atol=1e-5)
+        np.testing.assert_allclose(part.std(0), 1, atol=1e-5)
+    assert not distinct(data.train_inputs) & distinct(data.test_inputs)
+
+
+def test_sequences_are_drawn_with_the_seed_and_balanced():
+    data, again = (sequences.sequences(3, train=80, test=20) for _ in range(2))
+    other = sequences.sequences(4, train=80, test=20)
+    np.testing.assert_array_equal(data.train_inputs, again.train_inputs)
+    assert not np.array_equal(data.train_inputs, other.train_inputs)
+    assert data.train_inputs.shape == (80, 40) and data.train_inputs.dtype == np.float32
+    labels = np.concatenate([data.train_targets, data.test_targets])
+    assert np.bincount(labels).tolist() == [10] * 10
+
+
+def test_text_is_predicted_one_character_ahead(capsys):
+    assert text.zen().startswith("The Zen of Python") and "honking great idea" in text.zen()
+    data = text.characters()
+    letters = np.array(data.classes)
+    assert "".join(letters[data.train_inputs[0]]) == text.text()[: text.LENGTH]
+    np.testing.assert_array_equal(data.train_inputs[:, 1:], data.train_targets[:, :-1])
+    assert len(data.test_inputs) and data.test_inputs.shape[1] == text.LENGTH
+    assert capsys.readouterr().out == ""  # importing `this` prints; not here

@@ -70,7 +70,7 @@ def einsums(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(einsums())
 def test_products(spec):
     data, weight, result, sizes, weight_first = spec
@@ -111,7 +111,7 @@ def convolutions(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(convolutions())
 def test_convolutions(spec):
     window, (into, out), settings, names = spec

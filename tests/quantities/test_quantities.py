@@ -183,7 +183,11 @@ CHECKS = (
 )
 
 
-@pytest.mark.parametrize("name", zoo.CASES)
+HEAVY = ("transformer", "resnet", "shapes", "remat_transformer", "bodies_of_parameters")
+EACH = [pytest.param(n, marks=pytest.mark.slow) if n in HEAVY else n for n in zoo.CASES]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_quantities(name):
     """All of a model's, from one sweep."""
     solved = Solved(name)

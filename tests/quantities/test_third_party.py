@@ -477,7 +477,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Of each library one model runs everywhere, the others once.
+BRIEF = ("linen transformer", "nnx recurrent", "equinox convolutions", "haiku recurrent")
+EACH = [n if n in BRIEF else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_quantities(name):
     check(CASES[name]())
 

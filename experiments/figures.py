@@ -1,0 +1,138 @@
+"""The figures of a comparison: curves against steps, seconds and work; the search."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.optimizers import OPTIMIZERS
+from experiments.outcome import Outcome, Quantity
+
+AXES = {"steps": "steps", "seconds": "seconds", "gradients": "gradient-equivalents"}
+COLUMNS = 4  # panels beside each other
+
+
+def curves(path: Path, outcomes: Sequence[Outcome], target: float, score_name: str) -> None:
+    """Draw losses and test score: medians over seeds as lines, quartiles as bands."""
+    rows: dict[Quantity, str] = {"train_loss": "training loss"}
+    if not any(np.isnan(outcome.curve("test_loss").median).all() for outcome in outcomes):
+        rows |= {"test_loss": "test loss", "test_score": score_name}
+    with _canvas(len(rows), 3, 2.0, sharey="row", sharex="col") as (figure, panels):
+        for row, (quantity, label) in zip(panels, rows.items(), strict=True):
+            for panel, axis in zip(row, AXES, strict=True):
+                for outcome in outcomes:
+                    _draw_curve(panel, outcome, axis, quantity)
+                panel.set_xscale("log")
+            if score_name != "test accuracy" or quantity != "test_score":
+                row[0].set_yscale("log")
+            row[0].set_ylabel(label)
+            _frame(row[0], outcomes, quantity)
+        for panel in panels[0]:
+            panel.axhline(target, color="black", linewidth=0.5)
+        for panel, label in zip(panels[-1], AXES.values(), strict=True):
+            panel.set_xlabel(label)
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+        figure.align_ylabels()
+        figure.savefig(path, dpi=200)
+
+
+def search(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Draw the last training loss of every setting, a panel per optimizer that was searched.
+
+    A point is a median over seeds, its bar the quartiles; of two hyper-parameters the second is the
+    colour. Settings that diverged stand as crosses at the upper edge.
+    """
+    searched = [outcome for outcome in outcomes if outcome.setting]
+    if not searched:
+        return
+    across = min(COLUMNS, len(searched))
+    with _canvas(-(-len(searched) // across), across, 1.9, sharey=True) as (figure, panels):
+        for panel in panels.flat[len(searched) :]:
+            panel.axis("off")
+        for panel, outcome in zip(panels.flat, searched, strict=False):
+            _draw_search(panel, outcome)
+        for row in panels:
+            row[0].set_ylabel("last training loss")
+        figure.savefig(path, dpi=200)
+
+
+@contextmanager
+def _canvas(rows: int, columns: int, height: float, **sharing: Any):
+    """A figure and its panels, with this project's looks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    looks: dict[Any, Any] = {
+        "font.size": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.linewidth": 0.4,
+        "grid.alpha": 0.5,
+        "xtick.minor.size": 0,
+        "lines.linewidth": 1.2,
+        "lines.markersize": 3,
+    }
+    with plt.rc_context(looks):
+        size = 7.5, height * rows + 0.9
+        figure, panels = plt.subplots(
+            rows, columns, figsize=size, squeeze=False, layout="constrained", **sharing
+        )
+        yield figure, panels
+        plt.close(figure)
+
+
+def _draw_curve(panel: Any, outcome: Outcome, axis: str, quantity: Quantity) -> None:
+    row = OPTIMIZERS[outcome.name]
+    each = {"steps": 1, "seconds": outcome.cost.seconds, "gradients": outcome.cost.gradients}
+    across = outcome.steps[1:] * each[axis]
+    lower, median, upper = (values[1:] for values in outcome.curve(quantity))
+    dashes: Any = (0, (4, 1.5)) if row.first_order else "-"
+    panel.plot(across, median, color=row.colour, linestyle=dashes, label=row.label)
+    panel.fill_between(across, lower, upper, color=row.colour, alpha=0.15, linewidth=0)
+
+
+def _frame(panel: Any, outcomes: Sequence[Outcome], quantity: Quantity) -> None:
+    """Show where the optimizers differ, not how far a bad start or a divergence went."""
+    medians = [outcome.curve(quantity).median for outcome in outcomes]
+    values = np.concatenate(medians)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return
+    if quantity == "test_score" and panel.get_yscale() == "linear":
+        panel.set_ylim(max(0.0, values.max() - 0.35), min(1.005, values.max() + 0.02))
+    elif panel.get_yscale() == "log":
+        start = max((median[0] for median in medians if np.isfinite(median[0])), default=np.inf)
+        panel.set_ylim(top=1.5 * start)
+
+
+def _draw_search(panel: Any, outcome: Outcome) -> None:
+    from matplotlib import colormaps
+
+    names = list(outcome.setting)
+    values = np.array([[setting[name] for name in names] for setting in outcome.settings])
+    lower, median, upper = outcome.final
+    groups = np.unique(values[:, 1]) if len(names) > 1 else np.array([np.nan])
+    for i, group in enumerate(groups):
+        colour = colormaps["viridis"](0.85 * i / max(1, len(groups) - 1))
+        own = np.flatnonzero(values[:, 1] == group) if len(names) > 1 else np.arange(len(values))
+        own = own[np.argsort(values[own, 0])]
+        kept, lost = own[np.isfinite(median[own])], own[~np.isfinite(median[own])]
+        bars = np.stack([median[kept] - lower[kept], np.minimum(upper[kept], 1e30) - median[kept]])
+        label = f"{names[1]} {group:.2g}" if len(names) > 1 else None
+        panel.errorbar(values[kept, 0], median[kept], bars, color=colour, fmt="o-", label=label)
+        panel.plot(
+            values[lost, 0], np.full(len(lost), 0.97), "x", color=colour,
+            transform=panel.get_xaxis_transform(),
+        )  # fmt: skip
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlabel(names[0].replace("_", " "))
+    panel.set_title(OPTIMIZERS[outcome.name].label, fontsize=8)
+    if 1 < len(groups) <= 5:
+        panel.legend(fontsize=6, frameon=False)

@@ -1,0 +1,153 @@
+"""What a curvature is: a symmetric linear operator on pytrees like the parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.scipy.sparse.linalg import cg
+
+
+class Curvature:
+    """A symmetric linear operator A on pytrees like the parameters; itself a pytree.
+
+    A subclass has `matvec` and `space`, and what else it knows better than by products.
+
+    Operators of one kind can be averaged with `jax.tree.map`, which averages what they are made
+    of; ``a + b`` and ``c * a`` are the operators of those names whatever they are made of.
+
+    Attributes:
+      space: the trees that it is for.
+    """
+
+    space: Any
+
+    def matvec(self, tree) -> Any:
+        """A v, for a pytree v like the parameters."""
+        raise NotImplementedError
+
+    def solve(self, tree, damping=0.0) -> Any:
+        """(A + damping I)⁻¹ v, for a damping not below zero.
+
+        By conjugate gradients, unless a subclass solves exactly; A is positive semi-definite.
+        """
+        return conjugate_gradients(self, tree, damping)
+
+    def quadratic(self, tree) -> jax.Array:
+        """vᵀ A v, a scalar."""
+        return optax.tree.vdot(tree, self.matvec(tree))
+
+    def dense(self) -> jax.Array:
+        """The matrix over the flattened tree, (P, P). For tests and small problems."""
+        space = self.space
+        basis = jnp.eye(space.size, dtype=space.dtype)
+        return jax.lax.map(lambda v: space.ravel(self.matvec(space.unravel(v))), basis).T
+
+    def diagonal(self) -> Any:
+        """The diagonal, a pytree like the parameters. By P products, unless a subclass knows it."""
+        space = self.space
+        places = jnp.arange(space.size)
+
+        def entry(place):
+            unit = jnp.zeros(space.size, space.dtype).at[place].set(1)
+            return space.ravel(self.matvec(space.unravel(unit)))[place]
+
+        return space.unravel(jax.lax.map(entry, places))
+
+    def trace(self, key=None, samples: int = 100) -> jax.Array:
+        """The trace, a scalar: exact, or with a key estimated by products with random vectors.
+
+        Args:
+          key: a `jax.random.key`.
+          samples: how many products to spend; see `fbackprop.estimators.trace`.
+        """
+        if key is None:
+            return jnp.sum(self.space.ravel(self.diagonal()))
+        from fbackprop import estimators  # which is for operators, and may import them
+
+        return estimators.trace(self, self.space.like(), key, samples=samples).value
+
+    def __add__(self, other: Curvature) -> Curvature:
+        return Sum((self, other))
+
+    def __mul__(self, factor) -> Curvature:
+        return Scaled(self, factor)
+
+    __rmul__ = __mul__
+
+
+def conjugate_gradients(
+    operator: Curvature, tree, damping, tolerance: float = 1e-6, max_iterations: int | None = None
+) -> Any:
+    """(A + damping I)⁻¹ v by products.
+
+    Args:
+      operator, tree, damping: A, v and a scalar.
+      tolerance: the residual's norm at which to stop, relative to that of v.
+      max_iterations: how many products to spend at most; by default ten per dimension.
+    """
+    operator.space.check(tree)
+    solution, _ = cg(
+        lambda v: optax.tree.add_scale(operator.matvec(v), damping, v),
+        tree,
+        tol=tolerance,
+        maxiter=max_iterations,
+    )
+    return solution
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sum(Curvature):
+    """The sum of operators."""
+
+    terms: tuple[Curvature, ...]
+
+    @property
+    def space(self):
+        return self.terms[0].space
+
+    def matvec(self, tree):
+        return self._sum(lambda term: term.matvec(tree))
+
+    def diagonal(self):
+        return self._sum(lambda term: term.diagonal())
+
+    def dense(self):
+        return self._sum(lambda term: term.dense())
+
+    def _sum(self, part: Callable):
+        first, *rest = map(part, self.terms)
+        for x in rest:
+            first = jax.tree.map(jnp.add, first, x)
+        return first
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled(Curvature):
+    """A multiple of an operator."""
+
+    operator: Curvature
+    factor: Any
+
+    @property
+    def space(self):
+        return self.operator.space
+
+    def matvec(self, tree):
+        return optax.tree.scale(self.factor, self.operator.matvec(tree))
+
+    def solve(self, tree, damping=0.0):
+        scaled = optax.tree.scale(1 / self.factor, tree)
+        return self.operator.solve(scaled, damping / self.factor)
+
+    def diagonal(self):
+        return optax.tree.scale(self.factor, self.operator.diagonal())
+
+    def dense(self):
+        return self.factor * self.operator.dense()

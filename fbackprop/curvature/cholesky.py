@@ -1,0 +1,82 @@
+"""Solving with positive semi-definite matrices that may be singular."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import sequential_vmap
+from jax.scipy.linalg import cho_factor, cho_solve
+
+from fbackprop.sites import wide
+
+
+def floor(matrix) -> jax.Array:
+    """The least damping that a matrix (…, n, n) needs for a Cholesky factor in its precision."""
+    n, matrix = matrix.shape[-1], wide(matrix)
+    largest = jnp.max(jnp.abs(jnp.diagonal(matrix, axis1=-2, axis2=-1)), axis=-1)
+    return n * jnp.finfo(matrix.dtype).eps * jnp.where(largest > 0, largest, 1)
+
+
+def damped(matrix, damping) -> jax.Array:
+    """``matrix + damping I``, the damping not below the floor; matrices (…, n, n), dampings (…)."""
+    matrix = wide(matrix)
+    damping = jnp.maximum(jnp.asarray(damping, matrix.dtype), floor(matrix))
+    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    return matrix + jnp.multiply.outer(damping, eye)
+
+
+# Under vmap one after the other: batched factorizations that run side by side can exhaust the
+# threads of a CPU client before JAX 0.12, which then waits for ever.
+
+
+@sequential_vmap
+def factor(matrix, damping) -> jax.Array:
+    """The lower Cholesky factor of a damped matrix, for `solve`."""
+    return cho_factor(damped(matrix, damping), lower=True)[0]
+
+
+@sequential_vmap
+def solve(factored, vector) -> jax.Array:
+    """The solution for a right-hand side (n,) or (n, k)."""
+    return cho_solve((factored, True), vector)
+
+
+@sequential_vmap
+def eigen(matrix) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, those that are but rounding errors set to zero, and eigenvectors as columns."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    least = len(matrix) * jnp.finfo(matrix.dtype).eps * values[-1]
+    return jnp.where(values > least, values, 0), vectors
+
+
+LARGEST_SOLVED = 512  # smaller, and the products of halves take longer to compile
+
+
+def inverse(matrices, dampings) -> jax.Array:
+    """The inverses of damped matrices, (g, n, n) with dampings (g,), one after the other."""
+    matrices = damped(matrices, dampings)
+    if len(matrices) == 1:
+        return _inverse(matrices[0])[None]
+    return lax.map(_inverse, matrices)
+
+
+def _inverse(matrix):
+    """By halves, of a positive definite matrix: mostly products, which are faster than solves.
+
+    With the Schur complement S = C − Bᵀ A⁻¹ B of [[A, B], [Bᵀ, C]] (Strassen 1969).
+    """
+    n = len(matrix)
+    if n <= LARGEST_SOLVED:
+        return _inverse_at_once(matrix)
+    k = n // 2
+    upper = _inverse(matrix[:k, :k])
+    across = upper @ matrix[:k, k:]
+    lower = _inverse(matrix[k:, k:] - matrix[k:, :k] @ across)
+    corner = across @ lower
+    return jnp.block([[upper + corner @ across.T, -corner], [-corner.T, lower]])
+
+
+@sequential_vmap
+def _inverse_at_once(matrix):
+    return cho_solve(cho_factor(matrix, lower=True), jnp.eye(len(matrix), dtype=matrix.dtype))

@@ -1,0 +1,79 @@
+"""Operators as matrices: of the whole tree, or of every leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import block_diag
+
+from fbackprop.curvature import cholesky
+from fbackprop.curvature.base import Curvature
+from fbackprop.curvature.space import Space
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dense(Curvature):
+    """A symmetric positive semi-definite matrix over the flattened tree.
+
+    Attributes:
+      matrix: (P, P), rows and columns in the order of `jax.flatten_util.ravel_pytree`.
+      space: the trees that it is for, as of `Space.of`.
+    """
+
+    matrix: Any
+    space: Space = dataclasses.field(metadata={"static": True})
+
+    def matvec(self, tree):
+        return self.space.unravel(self.matrix @ self.space.ravel(tree))
+
+    def solve(self, tree, damping=0.0):
+        """(A + damping I)⁻¹ v by a Cholesky factor; the damping is raised to P · ε · max Aᵢᵢ."""
+        factored = cholesky.factor(self.matrix, damping)
+        return self.space.unravel(cholesky.solve(factored, self.space.ravel(tree)))
+
+    def diagonal(self):
+        return self.space.unravel(jnp.diagonal(self.matrix))
+
+    def dense(self):
+        return self.matrix
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockDiagonal(Curvature):
+    """A matrix for every leaf: what `GGNBlock` returns, as an operator.
+
+    Attributes:
+      blocks: a pytree like the parameters, (P, P) for a leaf of P elements.
+      space: the trees that it is for, as of `Space.of(params)`.
+    """
+
+    blocks: Any
+    space: Space = dataclasses.field(metadata={"static": True})
+
+    def _each(self, function, tree=None):
+        blocks = jax.tree.leaves(self.blocks)
+        vectors = [None] * len(blocks) if tree is None else self.space.check(tree)
+        found = [
+            function(b, None if v is None else v.reshape(-1))
+            for b, v in zip(blocks, vectors, strict=True)
+        ]
+        shaped = [x.reshape(s) for x, s in zip(found, self.space.shapes, strict=True)]
+        return self.space.structure.unflatten(shaped)
+
+    def matvec(self, tree):
+        return self._each(lambda block, v: block @ v, tree)
+
+    def solve(self, tree, damping=0.0):
+        """As of `Dense`, leaf by leaf."""
+        return self._each(lambda b, v: cholesky.solve(cholesky.factor(b, damping), v), tree)
+
+    def diagonal(self):
+        return self._each(lambda block, _: jnp.diagonal(block))
+
+    def dense(self):
+        return block_diag(*jax.tree.leaves(self.blocks))

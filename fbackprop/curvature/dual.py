@@ -1,0 +1,133 @@
+"""The Gauss-Newton matrix by the sites of a sweep, solved in the space of its Gram matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fbackprop.columns import HessianRoot
+from fbackprop.curvature import cholesky
+from fbackprop.curvature.base import Curvature
+from fbackprop.curvature.dense import Dense
+from fbackprop.curvature.space import Space
+from fbackprop.gradients import Gradients
+from fbackprop.quantities.base import Quantity
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DualGaussNewton(Curvature):
+    r"""The Gauss-Newton matrix $S^T S$, by sites; S has a row for each of N · C columns.
+
+    Row (n, c) is $\sqrt{w_n} J_n^T s_{nc}$, with $\sum_c s_{nc} s_{nc}^T$ the loss's Hessian at
+    the example's prediction and $w_n$ the example's share in the mean. S is not formed: its
+    products are contractions of the sites of one sweep, without another pass through the model.
+
+    `fbackprop.GGNRows` is the quantity that returns it.
+
+    Attributes:
+      rows: the gradients of the columns.
+      factor: what the loss is, as a multiple of the mean.
+    """
+
+    rows: Gradients
+    factor: jax.Array | float = 1.0
+
+    @property
+    def space(self):
+        return Space.of(self.rows.params)
+
+    @property
+    def _roots(self):
+        """√wₙ of the columns of positive curvature, (N, C); those of negative are left out."""
+        counts = self.factor * self.rows.shares[:, None] * jnp.maximum(self.rows.signs, 0)
+        return jnp.sqrt(counts)
+
+    def across(self, tree) -> jax.Array:
+        """S v, (N, C)."""
+        self.space.check(tree)
+        return self._roots * self.rows.along(tree)
+
+    def back(self, columns):
+        """Sᵀ u for u of shape (N, C), a pytree like the parameters."""
+        return self.rows.total(self._roots * columns)
+
+    def gram(self) -> jax.Array:
+        """S Sᵀ, (N · C, N · C); its non-zero eigenvalues are the Gauss-Newton matrix's."""
+        roots = self._roots
+        gram = self.rows.dots() * roots[:, :, None, None] * roots[None, None]
+        return gram.reshape(roots.size, roots.size)
+
+    def matvec(self, tree):
+        return self.back(self.across(tree))
+
+    def quadratic(self, tree):
+        return jnp.sum(self.across(tree) ** 2)
+
+    def solve(self, tree, damping=0.0):
+        r"""$(S^T S + \lambda I)^{-1} v$ by a Cholesky factor of the Gram matrix.
+
+        $$x = \bigl(v - S^T (S S^T + \lambda I)^{-1} S v\bigr) / \lambda$$
+
+        (Woodbury's identity), and twice more of what x leaves of v. That cancels for a small λ: the
+        factor's is raised to √ε of the Gram matrix's largest diagonal element, which what follows
+        makes good along all but smaller eigenvalues.
+        """
+        gram = self.gram()
+        least = jnp.finfo(gram.dtype).eps ** 0.5 * jnp.max(jnp.diagonal(gram))
+        raised = jnp.maximum(damping, jnp.where(least > 0, least, 1)).astype(gram.dtype)
+        factored = cholesky.factor(gram, raised)
+
+        def solved(v):
+            s = self.across(v)
+            u = cholesky.solve(factored, s.reshape(-1)).reshape(s.shape)
+            return optax.tree.scale(1 / raised, optax.tree.sub(v, self.back(u)))
+
+        x = solved(tree)
+        for _ in range(2):
+            left = optax.tree.sub(tree, optax.tree.add_scale(self.matvec(x), damping, x))
+            x = optax.tree.add(x, solved(left))
+        return x
+
+    def diagonal(self):
+        return self.rows.squares(self._roots**2)
+
+    def trace(self, key=None, samples: int = 100):
+        """The exact trace, a scalar, of the rows' norms."""
+        return jnp.sum(self._roots**2 * self.rows.norms())
+
+    def dense(self):
+        return self.primal().matrix
+
+    def primal(self) -> Dense:
+        """The matrix over the flattened parameters; forms S, (N · C, P)."""
+        n, c = self._roots.shape
+        leaves = [x.reshape(n * c, -1) for x in jax.tree.leaves(self.rows.each())]
+        s = jnp.concatenate(leaves, axis=1) * self._roots.reshape(n * c, 1)
+        return Dense(s.T @ s, self.space)
+
+
+@dataclasses.dataclass(frozen=True)
+class GGNRows(Quantity):
+    """The Gauss-Newton matrix as a `DualGaussNewton`, the operator that the Gram matrix solves.
+
+    Attributes:
+      samples: None for all columns of a root of the loss's Hessian, else how many random ones.
+    """
+
+    samples: int | None = None
+    over = "pairs"
+    scales = True
+
+    @property
+    def columns(self):
+        return HessianRoot(self.samples)
+
+    def extract(self, gradients):
+        return DualGaussNewton(gradients)
+
+    def scaled(self, found, scale):
+        return dataclasses.replace(found, factor=scale)

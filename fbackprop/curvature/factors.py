@@ -1,0 +1,275 @@
+"""Kronecker-factored operators: multiplied, inverted, and turned to their eigenvectors."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import block_diag
+
+from fbackprop.curvature import cholesky
+from fbackprop.curvature.base import Curvature, conjugate_gradients
+from fbackprop.curvature.space import Space
+from fbackprop.kronecker import Block, EigenBlock, KroneckerBlock, diagonal_block
+
+_ALTERNATIONS = 20  # of a least-squares fit that converges geometrically
+
+
+class _Blocks(Curvature):
+    """An operator made of blocks: for every leaf a tuple of them, whose matrices add up."""
+
+    blocks: Any
+
+    @property
+    def space(self):
+        """Every leaf has a block, which knows the leaf's shape."""
+        return Space.of(self._map(lambda blocks: jnp.zeros(blocks[0].place.leaf, _dtype(blocks))))
+
+    def _map(self, function: Callable, *trees):
+        """A function of every leaf's blocks, and of the leaves of trees like the parameters."""
+        return jax.tree.map(function, self.blocks, *trees, is_leaf=_is_blocks)
+
+    def matvec(self, tree):
+        return self._map(lambda blocks, leaf: _sum(b.matvec(leaf) for b in blocks), tree)
+
+    def diagonal(self):
+        return self._map(lambda blocks: _sum(block.diagonal() for block in blocks))
+
+    def dense(self):
+        leaves = jax.tree.leaves(self.blocks, is_leaf=_is_blocks)
+        return block_diag(*(_sum(block.dense() for block in blocks) for blocks in leaves))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KroneckerFactors(_Blocks):
+    r"""The block-diagonal operator of Kronecker factors, $\sum_k A_k \otimes B_k$ for every leaf.
+
+    What `Kronecker` returns, as an operator. `jax.tree.map` averages factors, as KFAC does.
+
+    Attributes:
+      blocks: a pytree like the parameters of tuples of `KroneckerBlock`.
+    """
+
+    blocks: Any
+
+    def solve(self, tree, damping=0.0):
+        """(A + damping I)⁻¹ v, exactly: by eigenvectors, or by conjugate gradients.
+
+        The latter where uses of a weight of different kinds have blocks that overlap. Eigenvalues
+        below n · ε of the largest count as zero: undamped, what is along them has the solution 0.
+        """
+
+        def of_leaf(blocks, leaf):
+            alone = KroneckerFactors(blocks)
+            if len(_clusters(blocks)) == len(blocks):
+                return EigenFactors(_eigen(blocks)).solve(leaf, damping)
+            return conjugate_gradients(alone, leaf, damping, 10 * jnp.finfo(leaf.dtype).eps)
+
+        return self._map(of_leaf, tree)
+
+    def merged(self) -> KroneckerFactors:
+        """The same with blocks that overlap replaced by the one Kronecker product nearest to them.
+
+        Nearest in Frobenius norm, of the combinations of their factors (Van Loan and Pitsianis
+        1993). Blocks that overlap in part are replaced by the diagonal of their sum.
+        """
+        return KroneckerFactors(self._map(_merged))
+
+    def inverse(self, damping) -> KroneckerFactors:
+        r"""The operator whose `matvec` solves, with the damping divided among the factors.
+
+        $$(A + \pi \sqrt\lambda I)^{-1} \otimes (B + \tfrac1\pi \sqrt\lambda I)^{-1},
+          \quad \pi^2 = \frac{\operatorname{tr} A / i}{\operatorname{tr} B / o}$$
+
+        (Martens and Grosse 2015, section 6.3). A vector's block is inverted exactly. The damping
+        of each factor is raised to n · ε times its largest diagonal element.
+        """
+        return KroneckerFactors(
+            self.merged()._map(lambda blocks: tuple(_inverse(b, damping) for b in blocks))
+        )
+
+    def eigen(self) -> EigenFactors:
+        """The eigendecomposition of the operator, `merged`."""
+        return EigenFactors(self.merged()._map(_eigen))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EigenFactors(_Blocks):
+    """Kronecker factors turned to their eigenvectors, with any values along these.
+
+    With the products of the factors' eigenvalues it is the operator of the factors; with the second
+    moments of the gradients along the eigenvectors, `EigenvalueCorrection`, it is EKFAC's (George
+    et al. 2018).
+
+    Attributes:
+      blocks: a pytree like the parameters of tuples of `EigenBlock`, whose places are disjoint.
+    """
+
+    blocks: Any
+
+    def solve(self, tree, damping=0.0):
+        """(A + damping I)⁻¹ v, exactly; 0 along undamped values that are not greater than zero."""
+
+        def divide(values, x):
+            total = values + jnp.asarray(damping, values.dtype)
+            return jnp.where(total > 0, x / jnp.where(total > 0, total, 1), 0)
+
+        def of_leaf(blocks, leaf):
+            solved = _sum(b.apply(functools.partial(divide, b.values), leaf) for b in blocks)
+            if sum(b.values.size for b in blocks) < leaf.size:  # the rest has no curvature
+                rest = leaf - _sum(block.restore(block.arrange(leaf)) for block in blocks)
+                solved += divide(jnp.zeros(()), rest)
+            return solved.astype(leaf.dtype)
+
+        return self._map(of_leaf, tree)
+
+    def with_values(self, values) -> EigenFactors:
+        """The same vectors with other values, a tree of tuples of arrays (g, i, o)."""
+
+        def of_leaf(blocks, values):
+            return tuple(
+                dataclasses.replace(block, values=v)
+                for block, v in zip(blocks, values, strict=True)
+            )
+
+        return EigenFactors(self._map(of_leaf, values))
+
+    @property
+    def values(self):
+        """A tree of tuples of the blocks' values."""
+        return self._map(lambda blocks: tuple(block.values for block in blocks))
+
+
+def _is_blocks(x) -> bool:
+    return isinstance(x, tuple) and len(x) > 0 and isinstance(x[0], Block)
+
+
+def _dtype(blocks):
+    return blocks[0].b.dtype
+
+
+def _sum(leaves):
+    first, *rest = leaves
+    return functools.reduce(jnp.add, rest, first)
+
+
+# --- one block ------------------------------------------------------------------------------------
+
+
+def _inverse(block: KroneckerBlock, damping) -> KroneckerBlock:
+    a, b = (
+        cholesky.inverse(x, part) if x.ndim == 3 else _reciprocal(x, part)
+        for x, part in _divided(block, damping)
+    )
+    return dataclasses.replace(block, a=a, b=b)
+
+
+def _divided(block: KroneckerBlock, damping) -> tuple[tuple, tuple]:
+    """The factors of a block, each with its part of the damping, (g,)."""
+    a, b = block.a, block.b
+    damping = jnp.broadcast_to(jnp.asarray(damping, b.dtype), len(b))
+    one, nothing = jnp.ones_like(b[:, :1, :1]), jnp.zeros_like(damping)
+    if a.shape[1] == 1:  # a number, and the damping is all the other's
+        return (one[:, 0], nothing), (a.reshape(-1, 1, 1) * b, damping)
+    if b.shape[1] == 1:
+        return (a * (b[:, 0] if a.ndim == 2 else b), damping), (one, nothing)
+    mean_a = jnp.mean(a if a.ndim == 2 else jnp.diagonal(a, axis1=1, axis2=2), axis=-1)
+    mean_b = jnp.mean(jnp.diagonal(b, axis1=1, axis2=2), axis=-1)
+    both = (mean_a > 0) & (mean_b > 0)
+    pi = jnp.sqrt(jnp.where(both, mean_a, 1) / jnp.where(both, mean_b, 1))
+    root = jnp.sqrt(damping)
+    return (a, pi * root), (b, root / pi)
+
+
+def _reciprocal(diagonal, damping):
+    """1 / (diagonal + damping) of (g, i) and (g,); 0 where that is infinite."""
+    least = jnp.finfo(diagonal.dtype).eps * jnp.max(diagonal, axis=-1)
+    total = diagonal + jnp.maximum(damping, least)[:, None]
+    return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+
+
+def _eigen(blocks: Sequence[KroneckerBlock]) -> tuple[EigenBlock, ...]:
+    return tuple(map(_eigen_of_one, blocks))
+
+
+def _eigen_of_one(block: KroneckerBlock) -> EigenBlock:
+    a, u_a = (block.a, None) if block.a.ndim == 2 else jax.vmap(cholesky.eigen)(block.a)
+    b, u_b = jax.vmap(cholesky.eigen)(block.b)
+    return EigenBlock(u_a, u_b, a[:, :, None] * b[:, None, :], block.layout, block.place)
+
+
+# --- blocks that overlap --------------------------------------------------------------------------
+
+
+def _clusters(blocks: Sequence[KroneckerBlock]) -> list[list[KroneckerBlock]]:
+    """The blocks in lists of such as share elements."""
+    clusters: list[tuple[set, list]] = []
+    if len(blocks) == 1:
+        return [list(blocks)]
+    for block in blocks:
+        mine, members = set(block.indices().reshape(-1).tolist()), [block]
+        apart = []
+        for elements, others in clusters:
+            if mine.isdisjoint(elements):
+                apart.append((elements, others))
+            else:
+                mine, members = mine | elements, others + members
+        clusters = [*apart, (mine, members)]
+    return [members for _, members in clusters]
+
+
+def _merged(blocks: Sequence[KroneckerBlock]) -> tuple[KroneckerBlock, ...]:
+    return tuple(_one(cluster) for cluster in _clusters(blocks))
+
+
+def _one(blocks: list[KroneckerBlock]) -> KroneckerBlock:
+    """One Kronecker product for a sum of such over the same elements."""
+    if len(blocks) == 1:
+        return blocks[0]
+    first, places = blocks[0], blocks[0].indices()
+    pairs = []
+    for block in blocks:
+        other, a, b = block.indices(), block.a, block.b
+        if np.array_equal(other, places):
+            pairs.append((a, b))
+        elif other.shape == places.swapaxes(1, 2).shape and np.array_equal(
+            other.swapaxes(1, 2), places
+        ):
+            pairs.append((b, a if a.ndim == 3 else jax.vmap(jnp.diag)(a)))
+        else:
+            return _diagonal(blocks)
+    if len({a.ndim for a, _ in pairs}) > 1:
+        pairs = [(a if a.ndim == 3 else jax.vmap(jnp.diag)(a), b) for a, b in pairs]
+    a, b = (jnp.stack(factors) for factors in zip(*pairs, strict=True))  # (k, g, f, f)
+    flat_a, flat_b = (x.reshape(*x.shape[:2], -1) for x in (a, b))
+    gram_a, gram_b = (jnp.einsum("kgf,lgf->gkl", x, x) for x in (flat_a, flat_b))
+
+    def fit(x, gram):
+        """The other factor's best coefficients (g, k, 1), which are never negative."""
+        y = gram @ x
+        square = jnp.sum(x * y, axis=1, keepdims=True)
+        return y / jnp.where(square > 0, square, 1)
+
+    def alternate(_, x):
+        return fit(fit(x, gram_a), gram_b)
+
+    x = jax.lax.fori_loop(0, _ALTERNATIONS, alternate, jnp.ones((*gram_a.shape[:2], 1), a.dtype))
+    y = fit(x, gram_a)
+    found_a, found_b = (
+        jnp.einsum("kgf,gkx->gf", flat, c).reshape(factor.shape[1:])
+        for flat, c, factor in ((flat_a, x, a), (flat_b, y, b))
+    )
+    return dataclasses.replace(first, a=found_a, b=found_b)
+
+
+def _diagonal(blocks: list[KroneckerBlock]) -> KroneckerBlock:
+    """The diagonal of a sum of blocks, as a block over the whole leaf."""
+    whole = np.empty(blocks[0].place.leaf, np.int8)
+    return diagonal_block(_sum(block.diagonal() for block in blocks), whole, whole)

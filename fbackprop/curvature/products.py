@@ -1,0 +1,162 @@
+"""Curvature that is known by its products alone, linearised once.
+
+The pullback of a function is linear in its cotangent, so that its own sweep is its transpose: the
+map of tangents. Both read the one tape, and no product computes anything of the forward pass again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jax.tree_util import Partial
+
+from fbackprop.columns import Example, hessian_map
+from fbackprop.curvature.base import Curvature, conjugate_gradients
+from fbackprop.curvature.dual import GGNRows
+from fbackprop.curvature.space import Space
+from fbackprop.objective import Objective
+from fbackprop.program import is_inexact, type_of
+from fbackprop.reverse import grad, vjp
+
+
+class _Products(Curvature):
+    objective: Objective
+
+    @property
+    def space(self):
+        return Space.of(self.objective.params)
+
+    def solve(self, tree, damping=0.0, *, tolerance=1e-6, max_iterations: int | None = None):
+        """(A + damping I)⁻¹ v by conjugate gradients.
+
+        Args:
+          tree: v.
+          damping: a scalar, not below zero.
+          tolerance: the residual's norm at which to stop, relative to that of v.
+          max_iterations: how many products to spend at most; by default ten per dimension.
+        """
+        return conjugate_gradients(self, tree, damping, tolerance, max_iterations)
+
+
+class GaussNewton(_Products):
+    r"""The generalised Gauss-Newton matrix of a batch's mean loss, by its products.
+
+    $$G = \sum_n w_n J_n^T H_n J_n \Big/ \sum_n w_n$$
+
+    with $J_n$ the Jacobian of the example's prediction and $H_n$ the loss's Hessian there
+    (Schraudolph 2002). It is positive semi-definite for a loss that is convex in the prediction.
+    Of other losses negative curvature is left out, save where the loss mixes the elements of a
+    prediction of more than 128 of them: such a loss must be convex.
+
+    Args:
+      model, loss, params, batch: as of `fbackprop.sweep`.
+      further, weights, key: as of `Objective`.
+
+    Example:
+      >>> import jax.numpy as jnp, fbackprop as fb
+      >>> batch = jnp.array([[1.0, 2.0]]), jnp.array(0.0)[None]
+      >>> ggn = fb.GaussNewton(jnp.dot, fb.losses.squared_error, jnp.zeros(2), batch)
+      >>> ggn.matvec(jnp.array([1.0, 0.0])).tolist()
+      [1.0, 2.0]
+    """
+
+    def __init__(self, model: Callable, loss: Callable, params, batch, **options):
+        self._linearise(Objective(model, loss, params, batch, **options))
+
+    @classmethod
+    def of(cls, objective: Objective) -> GaussNewton:
+        """That of an objective."""
+        operator = cls.__new__(cls)
+        operator._linearise(objective)
+        return operator
+
+    def _linearise(self, objective: Objective) -> None:
+        objective.check()
+        self.objective = objective
+        examples = objective.examples()
+
+        def predict(params):
+            leaves, structure = jax.tree.flatten(objective.predict(params, examples))
+            return [x for x in leaves if is_inexact(type_of(x))], structure.unflatten(leaves)
+
+        def hessian(prediction, target, share):
+            found = hessian_map(Example(objective.loss, prediction, target, None).of_moving())
+            return Partial(_scaled, share, found)
+
+        moving, self._pullback, predictions = vjp(predict, objective.params, has_aux=True)
+        self._hessians = jax.vmap(hessian)(predictions, examples.target, examples.shares)
+        blank = [jnp.zeros_like(x) for x in moving]
+        _, self._pushforward = vjp(lambda ct: self._pullback(ct)[0], blank)
+
+    def pushforward(self, tree) -> list:
+        """J v, the change of every example's prediction: its leaves, with leading axes N."""
+        self.space.check(tree)
+        return self._pushforward(tree)[0]
+
+    def matvec(self, tree):
+        return self._pullback(self._curved(self.pushforward(tree)))[0]
+
+    def quadratic(self, tree):
+        change = self.pushforward(tree)
+        return self.between(change, change)
+
+    def between(self, left: list, right: list) -> jax.Array:
+        """Σₙ wₙ leftₙᵀ Hₙ rightₙ of changes of predictions, as of `pushforward`; a scalar."""
+        return sum(map(jnp.vdot, left, self._curved(right)))
+
+    def _curved(self, change: list) -> list:
+        """Each example's share of its loss's Hessian times the change of its prediction."""
+
+        def of_one(hessian, change):
+            flat, unravel = ravel_pytree(change)
+            return unravel(hessian(flat))
+
+        return jax.vmap(of_one)(self._hessians, change)
+
+    def diagonal(self):
+        """The exact diagonal, by a sweep."""
+        return self.objective.sweep(rows=GGNRows())["rows"].diagonal()
+
+
+def _scaled(share, function, v):
+    return share.astype(v.dtype) * function(v)
+
+
+class Hessian(_Products):
+    r"""The Hessian of a batch's mean loss, by its products. It is symmetric, and may be indefinite.
+
+    The gradient is swept, and the sweep swept once more: that is linear, and a product repeats
+    nothing of either. `solve` is for a positive definite Hessian, or enough damping to make it so.
+
+    Args:
+      model, loss, params, batch, further, weights, key: as of `GaussNewton`.
+    """
+
+    def __init__(self, model: Callable, loss: Callable, params, batch, **options):
+        self.objective = Objective(model, loss, params, batch, **options)
+        self.objective.check()
+        _, self._pullback = vjp(grad(self.objective.value), params)
+
+    def matvec(self, tree):
+        self.space.check(tree)
+        return self._pullback(tree)[0]
+
+
+def _register(cls, names: tuple[str, ...]) -> None:
+    def flatten(operator):
+        return tuple(getattr(operator, name) for name in names), None
+
+    def unflatten(_, children):
+        operator = cls.__new__(cls)
+        for name, child in zip(names, children, strict=True):
+            setattr(operator, name, child)
+        return operator
+
+    jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+
+
+_register(GaussNewton, ("objective", "_hessians", "_pullback", "_pushforward"))
+_register(Hessian, ("objective", "_pullback"))

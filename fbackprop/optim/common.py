@@ -1,0 +1,89 @@
+"""What the transformations of the family have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.typing import ArrayLike
+
+from fbackprop.objective import Objective
+
+ScalarOrSchedule: TypeAlias = ArrayLike | Callable[[jax.Array], Any]
+
+
+def objective_of(objective: Any, updates, who: str) -> Objective:
+    """The objective as a function of the parameters that the updates are for.
+
+    Raises:
+      TypeError: if there is none.
+    """
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"{who} measures curvature: pass objective=fb.Objective(model, loss, params, batch) to "
+            "update, or make the step with fb.optim.step"
+        )
+    return objective.of_trained(updates)
+
+
+def at_step(value: ScalarOrSchedule, count) -> Any:
+    """A number, or a schedule's number at this step."""
+    return value(count) if callable(value) else value
+
+
+def check_positive(who: str, **settings) -> None:
+    """Refuse settings that are not positive numbers; schedules and traced values pass."""
+    for name, value in settings.items():
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"{who}: {name}={value} must be greater than zero")
+
+
+def check_damping(who: str, damping) -> None:
+    if isinstance(damping, int | float) and not damping >= 0:
+        raise ValueError(f"{who}: damping={damping} must not be negative")
+
+
+def check_updates(who: str, updates, params) -> None:
+    """Refuse an update without parameters, or with others."""
+    if params is None:
+        raise ValueError(f"{who} needs the parameters: pass params to update")
+    if jax.tree.structure(updates) != jax.tree.structure(params):
+        raise ValueError(
+            f"{who}: the updates have structure {jax.tree.structure(updates)}, the parameters "
+            f"{jax.tree.structure(params)}: pass gradients of these parameters"
+        )
+
+
+def is_finite(*trees) -> jax.Array:
+    """Whether all numbers of the trees, and the sum of the leaves' largest, are finite."""
+    leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]
+    largest = [jnp.max(jnp.abs(x)).astype(jnp.float32) for x in leaves]
+    return jnp.isfinite(sum(largest, jnp.zeros(())))
+
+
+# A branch, and no selection: XLA would compute the condition again for every leaf.
+
+
+def where(condition, new, old):
+    """One tree or the other."""
+    return lax.cond(condition, lambda: new, lambda: old)
+
+
+def zero_unless(condition, tree):
+    """The tree, or zeros."""
+    return lax.cond(condition, lambda: tree, lambda: jax.tree.map(jnp.zeros_like, tree))
+
+
+def scalar_like(value, tree) -> jax.Array:
+    """A number in the precision of a tree's sums, at least single."""
+    dtypes = [x.dtype for x in jax.tree.leaves(tree)]
+    return jnp.asarray(value, jnp.result_type(jnp.float32, *dtypes))
+
+
+def with_learning_rate(transformation, learning_rate: ScalarOrSchedule):
+    """Followed by a step down the preconditioned gradient, of this length or schedule."""
+    return optax.chain(transformation, optax.scale_by_learning_rate(learning_rate))

@@ -1,0 +1,110 @@
+"""Steps scaled by a running average of the Gauss-Newton diagonal."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from fbackprop.curvature.diagonal import Diagonal
+from fbackprop.optim.common import (
+    ScalarOrSchedule,
+    at_step,
+    check_damping,
+    check_positive,
+    check_updates,
+    is_finite,
+    objective_of,
+    where,
+    with_learning_rate,
+    zero_unless,
+)
+from fbackprop.quantities import FisherDiagonal, GGNDiagonal
+
+
+class DiagonalState(NamedTuple):
+    """State of `diagonal_gauss_newton`.
+
+    Attributes:
+      steps: how many so far.
+      mean: running average of the gradient, like the parameters.
+      diagonal: running average of the diagonal, like the parameters.
+      skipped: how many steps were left out because the gradient was not finite.
+    """
+
+    steps: jax.Array
+    mean: Any
+    diagonal: Any
+    skipped: jax.Array
+
+
+def diagonal_gauss_newton(
+    learning_rate: ScalarOrSchedule = 0.03,
+    damping: ScalarOrSchedule = 1e-2,
+    *,
+    momentum: float = 0.9,
+    decay: float = 0.99,
+    every: int = 10,
+    clip: float | None = 1.0,
+    curvature: GGNDiagonal | FisherDiagonal | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Steps $-\eta \, m / (h + \lambda)$, by averages m of the gradient and h of the diagonal.
+
+    Every few steps h takes in the Gauss-Newton diagonal of the batch (Becker and LeCun 1988); m and
+    h are corrected for their start at zero. Elements of $m / (h + \lambda)$ are clipped to
+    [−clip, clip], as in Sophia-G (Liu et al. 2023, algorithm 3, where $\lambda$ is a lower bound):
+    where curvature is small, the step is that of sign descent.
+
+    Args:
+      learning_rate: η, a number or a schedule.
+      damping: λ, a number not below zero or a schedule, in the units of the curvature.
+      momentum: decay of m.
+      decay: decay of h at each measurement.
+      every: after how many steps the diagonal is measured.
+      clip: the largest element of a step of length one; None for no bound.
+      curvature: which diagonal; by default ``GGNDiagonal(samples=1)``.
+      seed: of the samples, where the objective has no key.
+
+    Returns:
+      A transformation whose `update` takes ``objective=``, an `Objective`.
+    """
+    who = "diagonal_gauss_newton"
+    check_damping(who, damping)
+    check_positive(who, every=every)
+    if clip is not None:
+        check_positive(who, clip=clip)
+    quantity = GGNDiagonal(samples=1) if curvature is None else curvature
+
+    def init(params):
+        zero = jnp.zeros((), jnp.int32)
+        mean, diagonal = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return DiagonalState(zero, mean, diagonal, zero)
+
+    def update(updates, state, params=None, *, objective=None, **extra):
+        del extra
+        check_updates(who, updates, params)
+        problem = objective_of(objective, updates, who)
+
+        def measured():
+            key = jax.random.fold_in(jax.random.key(seed), state.steps)
+            new = problem.sweep(key, diagonal=quantity)["diagonal"]
+            diagonal = optax.tree.update_moment(new, state.diagonal, decay, 1)
+            diagonal = optax.tree.cast_like(diagonal, state.diagonal)
+            return where(is_finite(diagonal), diagonal, state.diagonal)
+
+        diagonal = lax.cond(state.steps % every == 0, measured, lambda: state.diagonal)
+        finite = is_finite(updates)
+        mean = where(finite, optax.tree.update_moment(updates, state.mean, momentum, 1), state.mean)
+        h = optax.tree.bias_correction(diagonal, decay, state.steps // every + 1)
+        m = optax.tree.bias_correction(mean, momentum, state.steps + 1)
+        step = Diagonal(h).solve(m, at_step(damping, state.steps))
+        if clip is not None:
+            step = jax.tree.map(lambda x: jnp.clip(x, -clip, clip), step)
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        return zero_unless(finite, step), DiagonalState(state.steps + 1, mean, diagonal, skipped)
+
+    return with_learning_rate(optax.GradientTransformationExtraArgs(init, update), learning_rate)

@@ -1,0 +1,309 @@
+"""KFAC and EKFAC: steps with running averages of Kronecker factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from fbackprop.curvature.factors import EigenFactors, KroneckerFactors
+from fbackprop.curvature.products import GaussNewton
+from fbackprop.objective import Objective
+from fbackprop.optim.common import (
+    ScalarOrSchedule,
+    at_step,
+    check_positive,
+    check_updates,
+    is_finite,
+    objective_of,
+    scalar_like,
+    where,
+    zero_unless,
+)
+from fbackprop.optim.reduction import LARGEST, reduction_ratio
+from fbackprop.quantities import Kronecker
+
+# Curvature is measured on one part in so many of the batch, but on so many examples at least, if
+# there are. Martens and Grosse (2015, section 8) take an eighth for factors, a quarter for the
+# model.
+PART, LEAST = 4, 128
+
+SAMPLED = Kronecker(samples=1, vectors="diagonal")
+
+
+class FactoredState(NamedTuple):
+    """State of `kfac` and `ekfac`.
+
+    Attributes:
+      steps: how many so far.
+      damping: λ.
+      ratio: the loss's reduction over the predicted one, when it was last measured.
+      velocity: the last update, like the parameters.
+      factors: running averages of the factors, `KroneckerFactors`; None before the first step.
+      solver: what preconditions: factors inverted, or turned to their eigenvectors.
+      skipped: how many steps were left out because the update was not finite.
+    """
+
+    steps: jax.Array
+    damping: jax.Array
+    ratio: jax.Array
+    velocity: Any
+    factors: Any
+    solver: Any
+    skipped: jax.Array
+
+
+class Solver(NamedTuple):
+    """How averaged factors precondition.
+
+    Attributes:
+      make: ``make(factors, damping)``, of what the factors are.
+      update: ``update(solver, objective, key)``, what was made with what it measures of the batch.
+      solve: ``solve(solver, gradient, damping)``.
+    """
+
+    make: Callable
+    update: Callable
+    solve: Callable
+
+
+def kfac(
+    learning_rate: ScalarOrSchedule | None = None,
+    damping: float = 1.0,
+    *,
+    momentum: float = 0.9,
+    decay: float = 0.95,
+    every: int = 10,
+    adaptive: bool = True,
+    norm_constraint: float | None = None,
+    curvature: Kronecker | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Kronecker-factored approximate curvature (Martens and Grosse 2015).
+
+    Running averages of the factors of every leaf's block are inverted every few steps, with the
+    damping divided among them (`KroneckerFactors.inverse`), and precondition the gradient:
+    Δ = −(A ⊗ B + λ)⁻¹ g. Without a learning rate the update is αΔ + μδ₀ with the last update δ₀ and
+    the α, μ that minimise the exact quadratic model of the batch's loss,
+
+    $$M(\delta) = g^T \delta + \tfrac12 \delta^T (G + \lambda I) \delta$$
+
+    (sections 6.4 and 7). With one, it is −ηΔ + momentum · δ₀. Every few steps λ is shrunk where the
+    loss fell by more than 3/4 of what M had promised, and grown where it was less than 1/4 of it
+    (section 6.5).
+
+    Args:
+      learning_rate: η, a number or a schedule; None for α and μ of the quadratic model, which costs
+        two more forward passes and needs no tuning.
+      damping: λ at the start, in the units of the curvature.
+      momentum: of a step with a learning rate.
+      decay: of the running averages, which start as plain means.
+      every: after how many steps factors, inverses and damping are renewed.
+      adaptive: whether λ follows the loss.
+      norm_constraint: the largest −η² gᵀΔ of a step with a learning rate: longer steps are scaled
+        down to it, a trust region in the model's distribution (Ba, Grosse and Martens 2017,
+        section 5). None for no bound.
+      curvature: which factors; by default ``Kronecker(samples=1, vectors="diagonal")``.
+      seed: of the samples, where the objective has no key.
+
+    Returns:
+      A transformation whose `update` takes ``objective=``, an `Objective`, and may be given
+      ``value=``, the loss at the parameters. Its state is complete after the first update, or from
+      the start with `Step.init`.
+    """
+    solver = Solver(
+        make=lambda factors, damping: factors.inverse(damping),
+        update=lambda solver, objective, key: solver,
+        solve=lambda solver, gradient, damping: solver.matvec(gradient),
+    )
+    quantity = SAMPLED if curvature is None else curvature
+    return _factored(
+        "kfac", solver, quantity, learning_rate, damping, momentum, decay, every, adaptive,
+        norm_constraint, seed,
+    )  # fmt: skip
+
+
+def ekfac(
+    learning_rate: ScalarOrSchedule | None = None,
+    damping: float = 1.0,
+    *,
+    momentum: float = 0.9,
+    decay: float = 0.95,
+    every: int = 20,
+    adaptive: bool = True,
+    norm_constraint: float | None = None,
+    curvature: Kronecker | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""KFAC with the eigenvalues corrected (George et al. 2018).
+
+    The factors' eigenvectors are a basis in which the diagonal is that of the Gauss-Newton matrix
+    itself, $s = \operatorname{E}[(U_A^T G U_B)^2]$ (`EigenvalueCorrection`), where KFAC takes the
+    products of the factors' eigenvalues. The damping is exact. Every few steps the factors are
+    averaged and decomposed, and s measured on the batch.
+
+    Arguments are those of `kfac`. An eigendecomposition costs about ten inverses: renew them less
+    often.
+    """
+    quantity = SAMPLED if curvature is None else curvature
+
+    def update(solver: EigenFactors, objective: Objective, key) -> EigenFactors:
+        found = _part(objective).sweep(key, values=quantity.along(solver.blocks))
+        return solver.with_values(found["values"])
+
+    solver = Solver(
+        make=lambda factors, damping: factors.eigen(),
+        update=update,
+        solve=lambda solver, gradient, damping: solver.solve(gradient, damping),
+    )
+    return _factored(
+        "ekfac", solver, quantity, learning_rate, damping, momentum, decay, every, adaptive,
+        norm_constraint, seed,
+    )  # fmt: skip
+
+
+def _factored(
+    who: str, solver: Solver, quantity: Kronecker, learning_rate, damping, momentum, decay, every,
+    adaptive, norm_constraint, seed,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
+    check_positive(who, damping=damping, every=every)
+    if norm_constraint is not None:
+        check_positive(who, norm_constraint=norm_constraint)
+
+    def measure(objective: Objective, key) -> KroneckerFactors:
+        return KroneckerFactors(_part(objective).sweep(key, factors=quantity)["factors"])
+
+    def init(params):
+        return FactoredState(
+            steps=jnp.zeros((), jnp.int32),
+            damping=scalar_like(damping, params),
+            ratio=scalar_like(1.0, params),
+            velocity=jax.tree.map(jnp.zeros_like, params),
+            factors=None,
+            solver=None,
+            skipped=jnp.zeros((), jnp.int32),
+        )
+
+    def refreshed(state: FactoredState, objective: Objective, key):
+        """New factors averaged into the old, and what solves with them; the old if not finite."""
+        new = measure(objective, key)
+        steps = state.steps // every
+        keep = jnp.minimum(steps / (steps + 1), decay)  # a plain mean to begin with
+        factors = optax.tree.update_moment(new, state.factors, keep, 1)
+        made = solver.update(solver.make(factors, state.damping), objective, key)
+        return where(is_finite(made), (factors, made), (state.factors, state.solver))
+
+    def update(updates, state, params=None, *, objective=None, value=None, **extra):
+        del extra
+        check_updates(who, updates, params)
+        problem = objective_of(objective, updates, who)
+        value = problem.value() if value is None else value
+        key = jax.random.fold_in(jax.random.key(seed), state.steps)
+        if state.factors is None:
+            state = _complete(state, lambda: (f := measure(problem, key), solver.make(f, 1.0)))
+        is_time = state.steps % every == 0
+        factors, made = lax.cond(
+            is_time,
+            lambda: refreshed(state, problem, key),
+            lambda: (state.factors, state.solver),
+        )
+        direction = optax.tree.scale(-1.0, solver.solve(made, updates, state.damping))
+        if learning_rate is None:
+            change, promised = _by_quadratic_model(
+                problem, updates, direction, state.velocity, state.damping
+            )
+        else:
+            rate = at_step(learning_rate, state.steps)
+            if norm_constraint is not None:
+                size = -optax.tree.vdot(updates, direction) * rate**2
+                rate = rate * jnp.sqrt(jnp.minimum(1, norm_constraint / jnp.maximum(size, 1e-30)))
+            change = optax.tree.add(
+                optax.tree.scale(rate, direction), optax.tree.scale(momentum, state.velocity)
+            )
+            promised = None
+        finite = is_finite(change)
+        change = jax.tree.map(lambda c, p: c.astype(p.dtype), zero_unless(finite, change), params)
+        damping, ratio = state.damping, state.ratio
+        if adaptive:
+
+            def judge():
+                predicted = promised
+                if promised is None:
+                    model = _quadratic(problem, change, state.damping)
+                    predicted = -optax.tree.vdot(updates, change) - model / 2
+                after = problem.value(optax.apply_updates(params, change))
+                ratio = reduction_ratio(value, after, predicted).astype(state.ratio.dtype)
+                return _levenberg(state.damping, ratio, every), ratio
+
+            damping, ratio = lax.cond(is_time & finite, judge, lambda: (state.damping, state.ratio))
+        after = FactoredState(
+            steps=state.steps + 1,
+            damping=damping,
+            ratio=ratio,
+            velocity=change,
+            factors=factors,
+            solver=made,
+            skipped=state.skipped + jnp.where(finite, 0, 1),
+        )
+        return change, after
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _complete(state: FactoredState, make: Callable) -> FactoredState:
+    """The state with zeros for factors that are not there yet."""
+    shapes = jax.eval_shape(make)
+    factors, made = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return state._replace(factors=factors, solver=made)
+
+
+def _levenberg(damping, ratio, every):
+    """λ · ω or λ / ω with ω = 0.95 for every step since the last time (section 6.5)."""
+    omega = jnp.asarray(0.95, damping.dtype) ** every
+    factor = jnp.where(ratio > 0.75, omega, jnp.where(ratio < 0.25, 1 / omega, 1.0))
+    return jnp.clip(damping * factor, jnp.finfo(damping.dtype).eps, LARGEST)
+
+
+def _part(objective: Objective) -> Objective:
+    """The part of the batch on which curvature is measured."""
+    n = objective.n_examples
+    return objective.of_first(max(min(n, LEAST), n // PART))
+
+
+def _pushed(objective: Objective, *changes) -> tuple[GaussNewton, list]:
+    operator = GaussNewton.of(objective)
+    return operator, [operator.pushforward(change) for change in changes]
+
+
+def _quadratic(objective: Objective, change, damping):
+    """δᵀ (G + λI) δ."""
+    operator, (pushed,) = _pushed(objective, change)
+    return operator.between(pushed, pushed) + damping * optax.tree.vdot(change, change)
+
+
+def _by_quadratic_model(objective: Objective, gradient, direction, velocity, damping):
+    """αΔ + μδ₀ at the minimum of the quadratic model, and the reduction that it promises."""
+    both = direction, velocity
+    operator, pushed = _pushed(_part(objective), *both)
+    dot = optax.tree.vdot
+    pairs = list(zip(pushed, both, strict=True))
+    rows = [[operator.between(p, q) + damping * dot(x, y) for q, y in pairs] for p, x in pairs]
+    matrix = jnp.array(rows)
+    slope = jnp.array([dot(gradient, x) for x in both])
+    weights = -_solved(matrix, slope)
+    change = jax.tree.map(lambda x, y: weights[0] * x + weights[1] * y, *both)
+    return change, -(slope @ weights) / 2
+
+
+def _solved(matrix, slope):
+    """The solution of two equations, scaled to a unit diagonal; 0 for a row of zeros."""
+    scale = jnp.sqrt(jnp.diagonal(matrix))
+    scale = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+    s, t = scale * slope
+    across = matrix[0, 1] * scale[0] * scale[1]
+    rest = jnp.maximum(1 - across**2, 10 * jnp.finfo(matrix.dtype).eps)
+    return scale * jnp.stack([s - across * t, t - across * s]) / rest

@@ -1,0 +1,133 @@
+"""The step that most experiments take, for any member of the family or any optax optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fbackprop.curvature.space import Space
+from fbackprop.objective import Objective
+from fbackprop.optim.common import is_finite, where
+
+REPORTED = ("damping", "ratio", "skipped", "iterations", "accepted")
+
+
+class Step:
+    """A training step, compiled: gradient, update, new parameters. See `step`."""
+
+    def __init__(self, model: Callable, loss: Callable, optimizer, chunk: int | None):
+        self.model, self.loss, self.chunk = model, loss, chunk
+        self.optimizer = optax.with_extra_args_support(optimizer)
+        self._compiled = jax.jit(self._run)
+        self._completed: dict = {}
+
+    def __call__(self, params, state, batch, *further, weights=None, key=None):
+        """One step.
+
+        Args:
+          params: the parameters.
+          state: the optimizer's, of ``optimizer.init(params)`` or the last step.
+          batch: a pair (inputs, targets), leading axes N.
+          *further: further inputs of the model, leading axes N.
+          weights: of the examples, (N,).
+          key: for a model that takes one, and for quantities that sample.
+
+        Returns:
+          New parameters, new state, and a dict of scalars: the "loss" before the step, and what the
+          optimizer knows of "damping", "ratio", "skipped", "iterations" and "accepted".
+        """
+        objective = self._objective(params, batch, further, weights, key)
+        return self._compiled(self._complete(state, objective), objective)
+
+    @property
+    def compilations(self) -> int:
+        """How often the step was compiled."""
+        return self._compiled._cache_size()
+
+    def init(self, params, batch, *further, weights=None, key=None):
+        """The optimizer's state, with what its first step would add: for `lax.scan`."""
+        objective = self._objective(params, batch, further, weights, key)
+        return self._complete(self.optimizer.init(params), objective)
+
+    def _objective(self, params, batch, further, weights, key) -> Objective:
+        objective = Objective(
+            self.model, self.loss, params, batch, further, weights, key, self.chunk
+        )
+        objective.check()
+        return objective
+
+    def _run(self, state, objective: Objective):
+        params = objective.params
+        value, gradient = objective.value_and_gradient()
+
+        def value_fn(params, objective=objective):  # optax hands it what else it was given
+            return objective.value(params)
+
+        updates, state = self.optimizer.update(
+            gradient,
+            state,
+            params,
+            value=value,
+            grad=gradient,
+            value_fn=value_fn,
+            objective=objective,
+        )
+        finite = is_finite(updates)
+        params = where(finite, optax.apply_updates(params, updates), params)
+        info = {"loss": value}
+        for name in REPORTED:
+            found = [x for _, x in optax.tree.get_all_with_path(state, name)]
+            if len(found) == 1 and jnp.shape(found[0]) == ():
+                info[name] = found[0]
+        return params, state, info
+
+    def _complete(self, state, objective: Objective):
+        """The state with zeros for what the first step adds to it, so that it compiles but once."""
+        space = Space.of(state)
+        if space not in self._completed:
+            _, shapes, _ = jax.eval_shape(self._run, state, objective)
+            self._completed[space] = self._completed[Space.of(shapes)] = shapes
+        shapes = self._completed[space]
+        if jax.tree.structure(shapes) == space.structure:
+            return state
+        known = dict(jax.tree_util.tree_leaves_with_path(state))
+        return jax.tree_util.tree_map_with_path(
+            lambda path, s: known[path] if path in known else jnp.zeros(s.shape, s.dtype), shapes
+        )
+
+
+def step(
+    model: Callable,
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    chunk: int | None = None,
+) -> Step:
+    """The training step of a model for one example, a loss and an optimizer, compiled.
+
+    It hands the optimizer the gradient of the batch's mean loss, and what more it may ask for by
+    optax's conventions: ``value``, ``grad``, ``value_fn``, and the `Objective` that curvature is
+    measured of. An update that is not finite is not made.
+
+    Args:
+      model, loss: of one example, as of `fbackprop.sweep`.
+      optimizer: any optax transformation; those of `fbackprop.optim` and chains of them included.
+      chunk: how many examples to go through at a time; None for all.
+
+    Returns:
+      ``step(params, state, batch, *further, weights=None, key=None)``, see `Step.__call__`.
+
+    Example:
+      >>> import jax.numpy as jnp, fbackprop as fb
+      >>> optimizer = fb.optim.gauss_newton(damping=0.0)
+      >>> step = fb.optim.step(jnp.dot, fb.losses.squared_error, optimizer)
+      >>> params = jnp.zeros(2)
+      >>> batch = jnp.array([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]]), jnp.array([1.0, 3.0, 4.0])
+      >>> params, state, info = step(params, optimizer.init(params), batch)
+      >>> [round(x, 4) for x in params.tolist()], round(float(info["loss"]), 4)
+      ([1.0, 2.0], 4.3333)
+    """
+    return Step(model, loss, optimizer, chunk)

@@ -1,0 +1,257 @@
+"""Curvature operators: products, solutions, diagonals and matrices, each against its definition."""
+
+import jax
+import jax.numpy as jnp
+import naive
+import numpy as np
+import pytest
+import zoo
+from jax.flatten_util import ravel_pytree
+
+import fbackprop as fb
+
+CASES = [
+    "mlp",
+    "tied_linear",
+    pytest.param("scanned_transformer", marks=pytest.mark.slow),
+    "conv1d_scanned",
+]
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    with jax.enable_x64(True):
+        yield
+
+
+def gauss_newton(case):
+    """The matrix by its definition, negative curvature of the loss left out; (P, P)."""
+    leaves = jax.tree.leaves(naive.jacobians(case))
+    j = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in leaves], axis=2)
+    x, y = case.batch
+
+    def hessian(x, y):
+        z, unravel = ravel_pytree(case.model(case.params, x))
+        h = jax.hessian(lambda z: case.loss(unravel(z), y))(z)
+        values, vectors = jnp.linalg.eigh(h)
+        return (vectors * jnp.maximum(values, 0)[None]) @ vectors.T
+
+    h = jax.vmap(hessian)(x, y)
+    return jnp.einsum("nap,nab,nbq->pq", j, h, j) / len(j)
+
+
+def wave(space):
+    """Some vector of the space."""
+    return space.unravel(jnp.sin(jnp.arange(space.size, dtype=space.dtype)))
+
+
+def behaves(operator, matrix, damping=1e-2):
+    """What an operator says of itself beside the same of its matrix."""
+    space, v = operator.space, wave(operator.space)
+    flat = space.ravel(v)
+    damped = matrix + damping * jnp.eye(len(matrix))
+    return {
+        "matvec": (space.ravel(operator.matvec(v)), matrix @ flat),
+        "solve": (space.ravel(operator.solve(v, damping)), jnp.linalg.solve(damped, flat)),
+        "quadratic": (operator.quadratic(v), flat @ matrix @ flat),
+        "diagonal": (space.ravel(operator.diagonal()), jnp.diagonal(matrix)),
+        "trace": (operator.trace(), jnp.trace(matrix)),
+        "dense": (operator.dense(), matrix),
+        "symmetric": (operator.dense(), operator.dense().T),
+    }
+
+
+def check(results, rtol=1e-8):
+    for name, (found, expected) in results.items():
+        scale = np.max(np.abs(expected)) + 1e-12
+        np.testing.assert_allclose(found, expected, rtol=0, atol=rtol * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_operators_of_a_model(name):
+    case = zoo.CASES[name](jax.random.key(1))
+
+    def run(params, batch):
+        problem = fb.Objective(case.model, case.loss, params, batch)
+        found = problem.sweep(rows=fb.GGNRows(), factors=fb.Kronecker(), blocks=fb.GGNBlock())
+        matrix = gauss_newton(case)
+        rows, factors = found["rows"], fb.KroneckerFactors(found["factors"])
+        blocks = fb.BlockDiagonal(found["blocks"], fb.Space.of(params))
+        turned = factors.eigen()
+        along = problem.sweep(values=fb.Kronecker().along(turned.blocks))["values"]
+        corrected = turned.with_values(along)
+        products = fb.GaussNewton.of(problem)
+        solved = products.solve(wave(rows.space), 1e-2, tolerance=1e-12)
+        products_behave = behaves(products, matrix)
+        products_behave["solve"] = (rows.space.ravel(solved), products_behave["solve"][1])
+        positive = jnp.array(
+            [jnp.linalg.eigvalsh(x.dense())[0] for x in (rows, factors, corrected)]
+        )
+        near = factors.merged().dense()
+        distances = [jnp.linalg.norm(x - blocks.dense()) for x in (corrected.dense(), near)]
+        behave = [
+            products_behave,
+            behaves(rows, matrix),
+            behaves(rows.primal(), matrix),
+            behaves(blocks, block_part(matrix, blocks.space)),
+            behaves(factors, factors.dense()),
+            behaves(turned, near),
+            behaves(corrected, corrected.dense()),
+        ]
+        return behave, positive, distances
+
+    behave, positive, (corrected, kronecker) = naive.compiled(run)(case.params, case.batch)
+    for results in behave:
+        check(results)
+    assert min(positive) > -1e-12
+    assert corrected <= kronecker * (1 + 1e-12)  # EKFAC's diagonal is the best in its basis
+
+
+def block_part(matrix, space):
+    """The blocks of the leaves."""
+    places = np.repeat(np.arange(len(space.sizes)), space.sizes)
+    return jnp.where(places[:, None] == places[None], matrix, 0)
+
+
+def small(n=6, loss=fb.losses.softmax_cross_entropy):
+    case = zoo.CASES["mlp"](jax.random.key(0))
+    return fb.Objective(case.model, loss, case.params, case.batch)
+
+
+def test_the_hessian():
+    problem = small()
+    hessian = fb.Hessian(problem.model, problem.loss, problem.params, problem.batch)
+    flat, unravel = ravel_pytree(problem.params)
+    expected = jax.hessian(lambda x: problem.value(unravel(x)))(flat)
+    np.testing.assert_allclose(hessian.dense(), expected, atol=1e-12)
+
+
+def test_negative_curvature_of_the_loss_is_left_out():
+    case = zoo.CASES["several_outputs"](jax.random.key(1))
+    problem = fb.Objective(case.model, case.loss, case.params, case.batch)
+    expected = naive.compiled(lambda: gauss_newton(case))()
+    products = naive.compiled(lambda p: fb.GaussNewton.of(problem.at(p)).dense())(case.params)
+    rows = naive.compiled(lambda p: problem.at(p).sweep(rows=fb.GGNRows())["rows"].dense())
+    np.testing.assert_allclose(products, expected, atol=1e-12)
+    np.testing.assert_allclose(rows(case.params), expected, atol=1e-12)
+
+
+def test_weights_of_examples_and_a_key():
+    def model(w, x, key):
+        return w @ (x * jax.random.bernoulli(key, 0.5, x.shape))
+
+    w, key = jnp.ones((2, 3)), jax.random.key(3)
+    batch = jax.random.normal(key, (4, 3)), jnp.array([0, 1, 1, 0])
+    problem = fb.Objective(
+        model, fb.losses.softmax_cross_entropy, w, batch, weights=jnp.arange(4.0), key=key
+    )
+    rows = problem.sweep(rows=fb.GGNRows())["rows"]
+    np.testing.assert_allclose(fb.GaussNewton.of(problem).dense(), rows.dense(), atol=1e-12)
+    value, gradient = problem.value_and_gradient()
+    expected = jax.value_and_grad(problem.value)(w)
+    np.testing.assert_allclose(value, expected[0])
+    np.testing.assert_allclose(gradient, expected[1], atol=1e-12)
+
+
+def test_pass_through_jit_and_are_averaged_by_tree_map():
+    problem = small()
+    make = jax.jit(lambda p: fb.GaussNewton.of(problem.at(p)))
+    v = wave(fb.Space.of(problem.params))
+    once = fb.GaussNewton.of(problem).matvec(v)
+    through = jax.jit(lambda operator, v: operator.matvec(v))(make(problem.params), v)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12), once, through)
+    rows = jax.jit(lambda p: problem.at(p).sweep(rows=fb.GGNRows())["rows"])(problem.params)
+    through = jax.jit(lambda operator, v: operator.matvec(v))(rows, v)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12), once, through)
+    diagonals = [fb.Diagonal(jnp.array([1.0, 2.0])), fb.Diagonal(jnp.array([3.0, 4.0]))]
+    mean = jax.tree.map(lambda x, y: (x + y) / 2, *diagonals)
+    assert mean.diagonal().tolist() == [2.0, 3.0]
+
+
+def test_sums_and_multiples():
+    a = fb.Dense(jnp.array([[2.0, 1.0], [1.0, 3.0]]), fb.Space.of(jnp.zeros(2)))
+    b = fb.Diagonal(jnp.array([1.0, 5.0]))
+    check(behaves(a + 0.5 * b, a.matrix + jnp.diag(jnp.array([0.5, 2.5]))), rtol=1e-5)
+    check(behaves(3.0 * a, 3 * a.matrix))
+
+
+def test_estimates_take_operators():
+    a = fb.Dense(jnp.diag(jnp.arange(1.0, 6.0)), fb.Space.of(jnp.zeros(5)))
+    assert abs(a.trace(jax.random.key(0), samples=30) - 15) < 1e-6
+    pairs = fb.estimators.top_eigenpairs(a, jnp.zeros(5), jax.random.key(1), 2)
+    np.testing.assert_allclose(pairs.values, [5.0, 4.0], atol=1e-6)
+
+
+# --- what is singular -----------------------------------------------------------------------------
+
+
+def test_singular_and_undamped_solutions_are_finite():
+    zero = jnp.zeros((3, 3))
+    space = fb.Space.of(jnp.zeros(3))
+    v = jnp.array([1.0, 2.0, 3.0])
+    assert fb.Diagonal(jnp.zeros(3)).solve(v).tolist() == [0.0, 0.0, 0.0]
+    assert jnp.all(jnp.isfinite(fb.Dense(zero, space).solve(v)))
+    ones = jnp.ones((3, 3))  # of rank one, and v in its range
+    found = fb.Dense(ones, space).solve(jnp.full(3, 3.0))
+    np.testing.assert_allclose(found, jnp.ones(3), atol=1e-3)
+
+
+def test_a_parameter_without_curvature_and_one_example():
+    def model(p, x):
+        return p["used"] @ x
+
+    params = {"used": jnp.ones((2, 3)), "unused": jnp.ones(4)}
+    batch = jnp.ones((1, 3)), jnp.zeros((1, 2))
+    found = fb.sweep(model, fb.losses.squared_error, k=fb.Kronecker(), g=fb.Gradient())
+    out = found(params, batch)
+    factors = fb.KroneckerFactors(out["k"])
+    solved = factors.solve(params, 0.5)
+    np.testing.assert_allclose(solved["unused"], 2.0)
+    undamped = factors.solve(out["g"], 0.0)
+    np.testing.assert_allclose(undamped["used"], 2 / 3 * 3 / 2 * jnp.ones((2, 3)), atol=1e-9)
+    assert np.all(np.isfinite(undamped["unused"]))
+
+
+def test_inverse_divides_the_damping():
+    case = zoo.CASES["mlp"](jax.random.key(0))
+    blocks = fb.sweep(case.model, case.loss, k=fb.Kronecker())(case.params, case.batch)["k"]
+    inverse = fb.KroneckerFactors(blocks).inverse(0.1)
+    for (before,), (after,) in zip(
+        jax.tree.leaves(blocks, is_leaf=lambda x: isinstance(x, tuple)),
+        jax.tree.leaves(inverse.blocks, is_leaf=lambda x: isinstance(x, tuple)),
+        strict=True,
+    ):
+        if before.a.ndim == 2:  # a vector, whose block is inverted exactly
+            damped = before.dense() + 0.1 * jnp.eye(before.place.size)
+            np.testing.assert_allclose(after.dense() @ damped, jnp.eye(len(damped)), atol=1e-10)
+            continue
+        (a,), (b,) = before.a, before.b
+        pi = np.sqrt(np.trace(a) / len(a) / (np.trace(b) / len(b)))
+        expected = np.linalg.inv(a + pi * np.sqrt(0.1) * np.eye(len(a)))
+        np.testing.assert_allclose(after.a[0], expected, rtol=1e-9)
+
+
+def test_inverse_by_halves():
+    from fbackprop.curvature import cholesky
+
+    x = jax.random.normal(jax.random.key(0), (2, 600, 700))
+    matrices = x @ x.mT / 700
+    found = naive.compiled(cholesky.inverse)(matrices, jnp.array([0.1, 1.0]))
+    damped = matrices + jnp.array([0.1, 1.0])[:, None, None] * jnp.eye(600)[None]
+    np.testing.assert_allclose(
+        found @ damped, jnp.broadcast_to(jnp.eye(600), damped.shape), atol=1e-9
+    )
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def test_trees_that_do_not_fit():
+    problem = small()
+    operator = fb.GaussNewton.of(problem)
+    with pytest.raises(ValueError, match="pass a tree like the parameters"):
+        operator.matvec({"other": jnp.ones(3)})
+    with pytest.raises(ValueError, match="pass a tree like the parameters"):
+        fb.Diagonal(jnp.ones(3)).solve(jnp.ones(4))
+    with pytest.raises(ValueError, match="pass key="):
+        fb.Objective(lambda w, x, key: w, fb.losses.squared_error, 1.0, problem.batch).value()

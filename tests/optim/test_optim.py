@@ -1,0 +1,285 @@
+"""The Gauss-Newton family: what theory says of its steps, and optax's contracts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import fbackprop as fb
+
+FAMILY = {
+    "gauss_newton": fb.optim.gauss_newton,
+    "natural_gradient": fb.optim.natural_gradient,
+    "levenberg_marquardt": fb.optim.levenberg_marquardt,
+    "hessian_free": fb.optim.hessian_free,
+    "kfac": fb.optim.kfac,
+    "ekfac": fb.optim.ekfac,
+    "diagonal_gauss_newton": fb.optim.diagonal_gauss_newton,
+}
+MEMBERS = pytest.mark.parametrize("name", FAMILY)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def linear(params, x):
+    return x @ params
+
+
+def perceptron(params, x):
+    return jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]
+
+
+def perceptron_params():
+    return {"w": normal(1, 3, 4), "b": jnp.zeros(4), "v": normal(2, 4, 2) / 2}
+
+
+def examples(n=16):
+    x = normal(3, n, 3)
+    return x, jnp.stack([jnp.sin(x[:, 0]), x[:, 1] * x[:, 2]], axis=1)
+
+
+def one_step(optimizer, model, loss, params, batch, **options):
+    step = fb.optim.step(model, loss, optimizer)
+    return step(params, optimizer.init(params), batch, **options)
+
+
+# --- what theory says -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", ["primal", "dual"])
+def test_gauss_newton_solves_linear_least_squares_in_one_step(space):
+    with jax.enable_x64(True):
+        x, w = normal(0, 8, 5), normal(1, 5, 2)
+        optimizer = fb.optim.gauss_newton(damping=0.0, space=space)
+        batch = x, x @ w
+        found, _, _ = one_step(optimizer, linear, fb.losses.squared_error, jnp.zeros((5, 2)), batch)
+        np.testing.assert_allclose(found, w, atol=1e-8)
+
+
+def test_gauss_newton_is_newtons_method_for_softmax_regression():
+    with jax.enable_x64(True):
+        params, batch = normal(0, 4, 3), (normal(1, 9, 4), jnp.arange(9) % 3)
+        problem = fb.Objective(linear, fb.losses.softmax_cross_entropy, params, batch)
+        flat, unravel = ravel_pytree(params)
+        value = lambda p: problem.value(unravel(p))  # noqa: E731
+        newton = jnp.linalg.solve(
+            jax.hessian(value)(flat) + 1e-3 * jnp.eye(12), jax.grad(value)(flat)
+        )
+        found, _, info = one_step(
+            fb.optim.gauss_newton(damping=1e-3), linear, problem.loss, params, batch
+        )
+        np.testing.assert_allclose(params - found, unravel(newton), atol=1e-8)
+        np.testing.assert_allclose(info["loss"], value(flat))
+
+
+def test_primal_and_dual_solutions_agree():
+    with jax.enable_x64(True):
+        params, batch = jax.tree.map(lambda x: x.astype(float), perceptron_params()), examples()
+        found = [
+            one_step(
+                fb.optim.gauss_newton(damping=1e-4, space=space),
+                perceptron, fb.losses.squared_error, params, batch,
+            )[0]
+            for space in ("primal", "dual")
+        ]  # fmt: skip
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-8), *found)
+
+
+@pytest.mark.parametrize("make", [fb.optim.kfac, fb.optim.ekfac])
+def test_kfac_is_the_natural_gradient_of_a_linear_layer(make):
+    """With squared error its block is exactly A ⊗ I; damping that is tiny beside it."""
+    with jax.enable_x64(True):
+        params, batch = normal(0, 4, 2), (normal(1, 10, 4), normal(2, 10, 2))
+        optimizer = make(1.0, 1e-14, curvature=fb.Kronecker(), adaptive=False)
+        found, _, _ = one_step(optimizer, linear, fb.losses.squared_error, params, batch)
+        exact = fb.optim.gauss_newton(damping=0.0)
+        expected, _, _ = one_step(exact, linear, fb.losses.squared_error, params, batch)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gauss_newton", "natural_gradient", "kfac", "ekfac"])
+def test_much_damping_gives_the_gradients_direction(name):
+    params, batch = perceptron_params(), examples()
+    problem = fb.Objective(perceptron, fb.losses.squared_error, params, batch)
+    _, gradient = problem.value_and_gradient()
+    optimizer = FAMILY[name](1e6, 1e6)
+    found, _, _ = one_step(optimizer, problem.model, problem.loss, params, batch)
+    change = ravel_pytree(jax.tree.map(jnp.subtract, params, found))[0]
+    flat = ravel_pytree(gradient)[0]
+    cosine = change @ flat / jnp.linalg.norm(change) / jnp.linalg.norm(flat)
+    assert cosine > 0.9999
+
+
+def test_the_quadratic_models_step_is_its_minimum():
+    """With exact curvature of a quadratic loss no multiple of the step does better."""
+    params, batch = normal(0, 4, 2), (normal(1, 10, 4), normal(2, 10, 2))
+    optimizer = fb.optim.kfac(damping=1e-6, adaptive=False)
+    found, _, _ = one_step(optimizer, linear, fb.losses.squared_error, params, batch)
+    problem = fb.Objective(linear, fb.losses.squared_error, params, batch)
+    values = [problem.value(params + k * (found - params)) for k in (0.95, 1.0, 1.05)]
+    assert values[1] <= min(values[0], values[2])
+
+
+def test_levenberg_marquardt_refuses_a_step_that_raises_the_loss():
+    def model(p, x):
+        return jnp.sin(40 * p) * x
+
+    batch = jnp.ones((2, 1)), jnp.full((2, 1), 0.9)
+    optimizer = fb.optim.levenberg_marquardt(damping=1e-2)
+    step = fb.optim.step(model, fb.losses.squared_error, optimizer)
+    params = jnp.array([0.0385])
+    state, losses = optimizer.init(params), []
+    for _ in range(25):
+        params, state, info = step(params, state, batch)
+        losses.append(float(info["loss"]))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 1e-8
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@MEMBERS
+def test_trains_in_one_compilation_and_lets_nothing_through_that_is_not_finite(name):
+    optimizer = FAMILY[name]()
+    step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
+    params, batch = perceptron_params(), examples()
+    state, losses = optimizer.init(params), []
+    spoiled = batch[0].at[0, 0].set(jnp.nan), batch[1]
+    for k in range(25):
+        before = params
+        params, state, info = step(params, state, spoiled if k in (0, 3) else batch)
+        losses.append(info["loss"])
+        if k in (0, 3):
+            assert jnp.isnan(info["loss"])
+            jax.tree.map(np.testing.assert_array_equal, params, before)
+    assert losses[-1] < (0.9 if name == "diagonal_gauss_newton" else 0.6) * losses[1]
+    assert step.compilations == 1
+    leaves, structure = jax.tree.flatten(state)  # it checkpoints
+    again, _, _ = step(params, structure.unflatten([np.asarray(x) for x in leaves]), batch)
+    expected, _, _ = step(params, state, batch)
+    jax.tree.map(np.testing.assert_array_equal, again, expected)
+
+
+def test_steps_of_users_scan_and_map():
+    """A step of one's own, scanned, and mapped over damping and seeds in one program."""
+    batch = examples()
+
+    def train(damping, key):
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(10.0), fb.optim.kfac(0.1, damping, adaptive=False)
+        )
+        step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
+        params = jax.tree.map(
+            lambda x: x + 0.1 * jax.random.normal(key, x.shape), perceptron_params()
+        )
+
+        def body(carry, _):
+            params, state, info = step(*carry, batch)
+            return (params, state), info["loss"]
+
+        carry = params, step.init(params, batch)
+        return jax.lax.scan(body, carry, None, length=8)[1]
+
+    losses = jax.jit(jax.vmap(train))(jnp.array([0.1, 1.0]), jax.random.split(jax.random.key(0)))
+    assert losses.shape == (2, 8)
+    assert jnp.all(losses[:, -1] < losses[:, 0])
+    alone = jax.jit(train)(0.1, jax.random.split(jax.random.key(0))[0])
+    np.testing.assert_allclose(losses[0], alone, rtol=1e-3)
+
+
+def test_injected_hyperparameters_and_schedules():
+    optimizer = optax.inject_hyperparams(fb.optim.kfac)(
+        learning_rate=optax.linear_schedule(0.1, 0.01, 10), damping=0.1
+    )
+    step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
+    params, batch = perceptron_params(), examples()
+    state = optimizer.init(params)
+    for _ in range(3):
+        params, state, info = step(params, state, batch)
+    np.testing.assert_allclose(state.hyperparams["learning_rate"], 0.1 - 2 * 0.009, rtol=1e-5)
+    assert jnp.isfinite(info["loss"])
+
+
+@pytest.mark.parametrize("name", ["kfac", "gauss_newton", "hessian_free"])
+def test_parameters_that_are_not_trained(name):
+    params, batch = perceptron_params(), examples()
+    labels = {"w": "train", "b": "hold", "v": "train"}
+    optimizer = optax.partition({"train": FAMILY[name](), "hold": optax.set_to_zero()}, labels)
+    step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
+    found, state, first = step(params, optimizer.init(params), batch)
+    found, state, second = step(found, state, batch)
+    assert second["loss"] < first["loss"]
+    np.testing.assert_array_equal(found["b"], params["b"])
+    with_none = {"w": params["w"], "b": None, "v": params["v"]}  # as a partitioned model has
+
+    def model(p, x):
+        return perceptron({**p, "b": params["b"]}, x)
+
+    same, _, _ = one_step(FAMILY[name](), model, fb.losses.squared_error, with_none, batch)
+    after, _, _ = step(params, optimizer.init(params), batch)
+    np.testing.assert_allclose(same["w"], after["w"], rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [optax.adam(0.01), optax.lbfgs(), optax.sgd(0.01, momentum=0.9)], ids=range(3)
+)
+def test_any_optax_optimizer(optimizer):
+    step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer, chunk=8)
+    params, state, batch = perceptron_params(), optimizer.init(perceptron_params()), examples()
+    losses = []
+    for _ in range(4):
+        params, state, info = step(params, state, batch)
+        losses.append(info["loss"])
+    assert losses[-1] < losses[0]
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@MEMBERS
+def test_singular_curvature_tiny_damping_and_a_batch_of_one(name):
+    def model(p, x):  # of no effect: the curvature in p["idle"] is zero
+        return x @ p["w"] + 0 * jnp.sum(p["idle"])
+
+    tiny = {"damping": 1e-30} if name != "gauss_newton" else {"damping": 0.0}
+    optimizer = FAMILY[name](**tiny)
+    params = {"w": jnp.zeros((3, 2)), "idle": jnp.ones(2)}
+    batch = jnp.ones((1, 3)), jnp.ones((1, 2))
+    found, _, info = one_step(optimizer, model, fb.losses.squared_error, params, batch)
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(found))
+    assert jnp.isfinite(info["loss"])
+
+
+def test_a_loss_that_is_not_convex():
+    def loss(z, y):
+        return jnp.sum(jnp.cos(z - y))
+
+    for name in ("gauss_newton", "levenberg_marquardt", "kfac", "hessian_free"):
+        optimizer = FAMILY[name]()
+        params, _, _ = one_step(optimizer, perceptron, loss, perceptron_params(), examples())
+        assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params))
+
+
+def test_errors_name_what_was_wrong():
+    optimizer, params = fb.optim.kfac(), perceptron_params()
+    with pytest.raises(TypeError, match="pass objective="):
+        optimizer.update(params, optimizer.init(params), params)
+    with pytest.raises(ValueError, match="pass params to update"):
+        optimizer.update(params, optimizer.init(params))
+    with pytest.raises(ValueError, match="damping=-1 must be greater than zero"):
+        fb.optim.kfac(damping=-1)
+    with pytest.raises(ValueError, match="choose one of 'auto', 'primal', 'dual'"):
+        fb.optim.gauss_newton(space="both")
+    with pytest.raises(TypeError, match="is no fbackprop.Curvature"):
+        scale = fb.optim.precondition_by_curvature(1.0)
+        scale.update(params, scale.init(params), curvature=3)
+    step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
+    with pytest.raises(ValueError, match="a batch must be a pair"):
+        step(params, optimizer.init(params), jnp.ones(3))
+    with pytest.raises(ValueError, match="pass gradients of these parameters"):
+        optimizer.update({"w": params["w"]}, optimizer.init(params), params)
