@@ -34,6 +34,16 @@ def test_wrong_options_are_one_line(arguments, word, capsys):
     assert word in error and error.count("\n") == 1
 
 
+def test_steps_and_the_exact_solution(tmp_path):
+    small = ["--batch", "8", "--cycles", "1", "--solve-batch", "6", "--hidden", "5"]
+    out = ["--autoencoder", "12", "6", "--out", str(tmp_path)]
+    assert benchmark.main(["optimizers", *small, *out]) == 0
+    found = json.loads((tmp_path / "optimizers.json").read_text())
+    assert set(found["steps"]) >= {"adam", "kfac", "ekfac"}
+    assert found["exact"]["difference"] < 1e-3
+    assert benchmark.main(["optimizers", "--batch", "0"]) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_gradients_of_every_program_agree(name):
