@@ -36,11 +36,11 @@ class Place(NamedTuple):
 
     def indices(self) -> np.ndarray:
         """The place of every element in the flattened leaf, of the weight's shape."""
-        steps = np.ogrid[tuple(slice(n) for n in self.shape)]
-        return self.offset + sum(
-            (k * stride for k, stride in zip(steps, self.strides, strict=True)),
-            np.zeros(self.shape, int),
-        )
+        found = np.full(self.shape, self.offset)
+        for axis, stride in enumerate(self.strides):
+            steps = stride * np.arange(self.shape[axis])
+            found += np.expand_dims(steps, [k for k in range(found.ndim) if k != axis])
+        return found
 
     @property
     def _is_all(self) -> bool:
@@ -274,12 +274,12 @@ def _squared(x, p: Dense):
         return contract(f"{p.term()},{p.term(f='h')}->gfh", x, x)
     others = math.prod(size for axis, size in zip(p.axes, x.shape, strict=True) if axis != "f")
     if p.axes[-1] == "f":
-        return _upper_and_lower(x.reshape(others, p.size), 1)[None]
+        return symmetric_product(x.reshape(others, p.size), 1)[None]
     rows = x.transpose([p.axes.index("f"), *(k for k, axis in enumerate(p.axes) if axis != "f")])
-    return _upper_and_lower(rows.reshape(p.size, others), 0)[None]
+    return symmetric_product(rows.reshape(p.size, others), 0)[None]
 
 
-def _upper_and_lower(x, axis: int):
+def symmetric_product(x, axis: int):
     """The products of all columns (axis 1) or rows (axis 0) of a matrix with each other.
 
     The result is symmetric: of a large one, the lower left quarter is the upper right one's
@@ -291,5 +291,5 @@ def _upper_and_lower(x, axis: int):
         return lax.dot_general(x, x, summed)
     first, second = jnp.split(x, [size // 2], axis)
     across = lax.dot_general(first, second, summed)
-    top = jnp.concatenate([_upper_and_lower(first, axis), across], 1)
-    return jnp.concatenate([top, jnp.concatenate([across.T, _upper_and_lower(second, axis)], 1)])
+    top = jnp.concatenate([symmetric_product(first, axis), across], 1)
+    return jnp.concatenate([top, jnp.concatenate([across.T, symmetric_product(second, axis)], 1)])

@@ -14,6 +14,7 @@ from fbackprop.curvature.base import Curvature
 from fbackprop.curvature.dense import Dense
 from fbackprop.curvature.space import Space
 from fbackprop.gradients import Gradients
+from fbackprop.kronecker import symmetric_product
 from fbackprop.quantities.base import Quantity
 
 
@@ -107,7 +108,7 @@ class DualGaussNewton(Curvature):
         n, c = self._roots.shape
         leaves = [x.reshape(n * c, -1) for x in jax.tree.leaves(self.rows.each())]
         s = jnp.concatenate(leaves, axis=1) * self._roots.reshape(n * c, 1)
-        return Dense(s.T @ s, self.space)
+        return Dense(symmetric_product(s, 1), self.space)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,8 +93,7 @@ class GaussNewton(_Products):
 
     def pushforward(self, tree) -> list:
         """J v, the change of every example's prediction: its leaves, with leading axes N."""
-        self.space.check(tree)
-        return self._pushforward(tree)[0]
+        return self._pushforward(self.space.cast(tree))[0]
 
     def matvec(self, tree):
         return self._pullback(self._curved(self.pushforward(tree)))[0]
@@ -112,7 +111,7 @@ class GaussNewton(_Products):
 
         def of_one(hessian, change):
             flat, unravel = ravel_pytree(change)
-            return unravel(hessian(flat))
+            return unravel(hessian(flat).astype(flat.dtype))
 
         return jax.vmap(of_one)(self._hessians, change)
 
@@ -141,8 +140,7 @@ class Hessian(_Products):
         _, self._pullback = vjp(grad(self.objective.value), params)
 
     def matvec(self, tree):
-        self.space.check(tree)
-        return self._pullback(tree)[0]
+        return self._pullback(self.space.cast(tree))[0]
 
 
 def _register(cls, names: tuple[str, ...]) -> None:

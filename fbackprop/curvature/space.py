@@ -62,6 +62,11 @@ class Space(NamedTuple):
         triples = zip(pieces, self.shapes, self.dtypes, strict=True)
         return self.structure.unflatten([x.reshape(s).astype(d) for x, s, d in triples])
 
+    def cast(self, tree) -> Any:
+        """The tree in the dtypes of the space."""
+        pairs = zip(self.check(tree), self.dtypes, strict=True)
+        return self.structure.unflatten([jnp.asarray(x, dtype) for x, dtype in pairs])
+
     def check(self, tree) -> list:
         """The leaves of a tree.
 

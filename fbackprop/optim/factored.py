@@ -152,7 +152,7 @@ def ekfac(
     quantity = SAMPLED if curvature is None else curvature
 
     def update(solver: EigenFactors, objective: Objective, key) -> EigenFactors:
-        found = _part(objective).sweep(key, values=quantity.along(solver.blocks))
+        found = objective.sweep(key, values=quantity.along(solver.blocks))
         return solver.with_values(found["values"])
 
     solver = Solver(

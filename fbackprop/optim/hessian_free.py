@@ -20,6 +20,7 @@ from fbackprop.optim.common import (
     zero_unless,
 )
 from fbackprop.optim.reduction import Rule, adapted, reduction_ratio
+from fbackprop.sites import wide
 
 RULE = Rule(shrink=2 / 3, grow=3 / 2, rejected=3 / 2)  # section 4.1
 PROGRESS = 5e-4  # ε of section 4.4
@@ -74,7 +75,7 @@ def hessian_free(
             damping=scalar_like(damping, params),
             ratio=scalar_like(1.0, params),
             iterations=jnp.zeros((), jnp.int32),
-            direction=jax.tree.map(jnp.zeros_like, params),
+            direction=_wide(jax.tree.map(jnp.zeros_like, params)),
         )
 
     def update(updates, state, params=None, *, objective=None, value=None, **extra):
@@ -82,18 +83,20 @@ def hessian_free(
         check_updates("hessian_free", updates, params)
         problem = objective_of(objective, updates, "hessian_free")
         value = problem.value() if value is None else value
+        value = value.astype(state.ratio.dtype)
         operator = GaussNewton.of(problem)
 
         def loss(change):
-            return problem.value(optax.apply_updates(params, change))
+            return problem.value(optax.apply_updates(params, change)).astype(state.ratio.dtype)
 
         def multiply(v):
-            return optax.tree.add_scale(operator.matvec(v), state.damping, v)
+            return optax.tree.add_scale(_wide(operator.matvec(v)), state.damping, v)
 
         start = optax.tree.scale(warm_start, state.direction)
-        search = conjugate_gradients(multiply, updates, start, max_iterations)
+        gradient = _wide(updates)
+        search = conjugate_gradients(multiply, gradient, start, max_iterations)
         change, place = _best_iterate(search, loss)
-        change, after = _shortened(change, loss, value, updates)
+        change, after = _shortened(change, loss, value, gradient)
         predicted = -_model(search, place) + state.damping / 2 * optax.tree.vdot(change, change)
         ratio = reduction_ratio(value, after, predicted).astype(state.ratio.dtype)
         usable = (after < value) & is_finite(change)
@@ -104,9 +107,14 @@ def hessian_free(
             iterations=search.iterations,
             direction=zero_unless(is_finite(search.solution), search.solution),
         )
-        return zero_unless(usable, change), found
+        return optax.tree.cast_like(zero_unless(usable, change), params), found
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _wide(tree):
+    """The tree in single precision at least: sums of many small numbers are all there is to it."""
+    return jax.tree.map(wide, tree)
 
 
 class Search(NamedTuple):

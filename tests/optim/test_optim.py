@@ -238,6 +238,16 @@ def test_any_optax_optimizer(optimizer):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("name", ["kfac", "hessian_free"])
+def test_parameters_of_half_precision(name):
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), perceptron_params())
+    found, _, info = one_step(
+        FAMILY[name](), perceptron, fb.losses.squared_error, params, examples()
+    )
+    assert found["w"].dtype == jnp.bfloat16
+    assert jnp.any(found["w"] != params["w"]) and jnp.isfinite(info["loss"])
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
