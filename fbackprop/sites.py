@@ -213,9 +213,9 @@ class Layout(NamedTuple):
         """An array (…, *shape) as (…, g, i, o): the inverse of `restore`."""
         order = [axis for group in self.groups for axis in group]
         lead = x.shape[: x.ndim - len(self.shape)]
-        x = x.reshape(*lead, *self.split)
-        x = x.transpose(*range(len(lead)), *(len(lead) + k for k in order))
-        return x.reshape(*lead, *self.sizes)
+        x = x.reshape((*lead, *self.split))
+        x = x.transpose((*range(len(lead)), *(len(lead) + k for k in order)))
+        return x.reshape((*lead, *self.sizes))
 
 
 # --- sites ----------------------------------------------------------------------------------------
