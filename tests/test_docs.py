@@ -16,12 +16,20 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = [m.name for m in pkgutil.walk_packages(fb.__path__, "fbackprop.")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+LONG = ("third-party.md", "quantities.md", "fbackprop.networks", "fbackprop.estimators")
+
+
+def brief_first(items, name):
+    """The long ones marked: they run once."""
+    return [pytest.param(x, marks=pytest.mark.slow) if name(x) in LONG else x for x in items]
+
+
+@pytest.mark.parametrize("page", brief_first(PAGES, lambda p: p.name), ids=lambda p: p.name)
 def test_examples_of_the_page_run(page):
     assert doctest.testfile(str(page), module_relative=False).failed == 0
 
 
-@pytest.mark.parametrize("name", ["fbackprop", *MODULES])
+@pytest.mark.parametrize("name", brief_first(["fbackprop", *MODULES], str))
 def test_examples_of_the_module_run(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 

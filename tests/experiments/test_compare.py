@@ -76,6 +76,7 @@ def small_search(task, optimizer, settings, seeds, stops, batch_size=4, **option
 # What a run leaves behind -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_leaves_files_that_parse(tmp_path, capsys):
     names = ["adam", "kfac", "levenberg-marquardt"]
     budget = ["--steps", "6", "--trials", "4", "--seeds", "2", "--records", "4"]
