@@ -30,7 +30,7 @@ from fbackprop.quantities import Kronecker
 # Curvature is measured on one part in so many of the batch, but on so many examples at least, if
 # there are. Martens and Grosse (2015, section 8) take an eighth for factors, a quarter for the
 # model.
-PART, LEAST = 8, 64
+PART, LEAST = 8, 128
 
 SAMPLED = Kronecker(samples=1, vectors="diagonal")
 
