@@ -29,13 +29,8 @@ class Examples(NamedTuple):
 
 def examples_of(batch, further, weights, key, takes_key: bool, like=None) -> Examples:
     """A batch, checked; `like` are the inputs of another whose examples it must resemble."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        many = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
-        raise ValueError(
-            f"a batch must be a pair (inputs, targets), but it is a {type(batch).__name__}{many}"
-        )
+    n = size_of(batch, further, weights)
     x, y = batch
-    n = length((x, y, *further), weights)
     keys = (None, None) if key is None else jax.random.split(key, (2, n))
     inputs = (x, *further, keys[0]) if takes_key else (x, *further)
     if like is not None and one_of(inputs) != one_of(like):
@@ -45,6 +40,16 @@ def examples_of(batch, further, weights, key, takes_key: bool, like=None) -> Exa
         )
     weights = jnp.ones(n) if weights is None else jnp.asarray(weights, float)
     return Examples(inputs, y, keys[1], weights / jnp.sum(weights))
+
+
+def size_of(batch, further, weights) -> int:
+    """N of a batch, checked."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        many = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise ValueError(
+            f"a batch must be a pair (inputs, targets), but it is a {type(batch).__name__}{many}"
+        )
+    return length((*batch, *further), weights)
 
 
 def one_of(inputs):

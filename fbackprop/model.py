@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,11 +64,8 @@ def tapped_model(
       names: whether error signals of named values are wanted.
     """
 
-    def call(params, x, *further):
-        if has_key:
-            *others, key = further
-            return model(params, x, *others, key=key)
-        return model(params, x, *further)
+    def call(params, *inputs):
+        return call_model(model, params, inputs, has_key)
 
     program, structure = trace_tree(call, params, *one_of(inputs))
     return _tap(program, structure, len(jax.tree.leaves(params)), rules, names)
@@ -114,6 +111,14 @@ def _nudge(aval, shape):
 
 
 # --- what a user passes ---------------------------------------------------------------------------
+
+
+def call_model(model: Callable, params, inputs: Sequence, has_key: bool):
+    """The prediction for one example; the last of its inputs is the model's key, if it has one."""
+    if not has_key:
+        return model(params, *inputs)
+    *others, key = inputs
+    return model(params, *others, key=key)
 
 
 def takes_key(model) -> bool:

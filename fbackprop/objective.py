@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from fbackprop.batch import sweep
-from fbackprop.examples import Examples, examples_of, length
-from fbackprop.model import check_params, needs_key, takes_key
+from fbackprop.examples import Examples, examples_of, size_of
+from fbackprop.model import call_model, check_params, needs_key, takes_key
 from fbackprop.quantities import Gradient
 
 
@@ -52,18 +52,14 @@ class Objective:
 
     def examples(self) -> Examples:
         """The batch, checked."""
-        if self.key is None and needs_key(self.model):
-            raise ValueError("the model takes a key: pass key=, a jax.random.key")
+        self._check_key()
         return examples_of(self.batch, self.further, self.weights, self.key, self._has_key)
 
     def predict(self, params, examples: Examples):
         """The predictions of a batch, leading axes N."""
 
         def one(inputs):
-            if self._has_key:
-                *others, key = inputs
-                return self.model(params, *others, key=key)
-            return self.model(params, *inputs)
+            return call_model(self.model, params, inputs, self._has_key)
 
         return jax.vmap(one)(examples.inputs)
 
@@ -109,7 +105,7 @@ class Objective:
     @property
     def n_examples(self) -> int:
         """N."""
-        return length((*self.batch, *self.further), self.weights)
+        return size_of(self.batch, self.further, self.weights)
 
     def of_trained(self, updates) -> Objective:
         """The same as a function of the parameters that have a leaf in `updates` alone.
@@ -149,11 +145,16 @@ class Objective:
     def _has_key(self) -> bool:
         return self.key is not None and takes_key(self.model)
 
+    def _check_key(self) -> None:
+        if self.key is None and needs_key(self.model):
+            raise ValueError("the model takes a key: pass key=, a jax.random.key")
+
     def check(self) -> None:
-        """Refuse parameters and batches that no sweep takes.
+        """Refuse parameters and batches that no sweep takes; nothing is computed.
 
         Raises:
           ValueError, TypeError: as of `fbackprop.sweep`.
         """
         check_params(self.params)
-        self.examples()
+        self._check_key()
+        _ = self.n_examples
