@@ -154,7 +154,7 @@ class Labels:
 # --- roots ----------------------------------------------------------------------------------------
 #
 # A root has its columns and their signs; `combine` sums its columns with coefficients, an array of
-# `shape`, leaving out those of negative sign.
+# `shape`, leaving out those of negative sign, as does `product`, the map v ↦ H v of flat vectors.
 
 
 class _Diagonal:
@@ -169,6 +169,9 @@ class _Diagonal:
 
     def signs(self):
         return jnp.where(self.diagonal < 0, -1.0, 1.0)
+
+    def product(self):
+        return Partial(jnp.multiply, jnp.maximum(self.diagonal, 0))
 
     def combine(self, coefficients):
         return self.unravel(jnp.sqrt(jnp.maximum(self.diagonal, 0)) * coefficients)
@@ -187,6 +190,10 @@ class _Whole:
 
     def signs(self):
         return jnp.where(self.values < 0, -1.0, 1.0)
+
+    def product(self):
+        positive = jnp.maximum(self.values, 0)
+        return Partial(jnp.matmul, (self.vectors * positive[None]) @ self.vectors.T)
 
     def combine(self, coefficients):
         root = jnp.sqrt(jnp.maximum(self.values, 0))
@@ -230,13 +237,17 @@ class _Softmax:
     def signs(self):
         return None
 
+    def product(self):
+        return Partial(_softmax_product, self.p, self.weight)
+
     def combine(self, coefficients):
         root = jnp.sqrt(self.p) * coefficients
         found = root - self.p * jnp.sum(root, axis=-1, keepdims=True)
         return (found * jnp.sqrt(self.weight)[:, None]).reshape(self.like.shape)
 
 
-def _root_of(example: Example):
+def _root_of(example: Example, most: int | None = None):
+    """Its loss's root; None if that takes the eigenvectors of more than `most` elements."""
     if example.loss is losses.softmax_cross_entropy:
         return _Softmax(jnp.asarray(example.prediction), jnp.asarray(example.target))
     flat, unravel = ravel_pytree(example.prediction)
@@ -244,6 +255,8 @@ def _root_of(example: Example):
     if _is_separable(example):
         diagonal = jax.jvp(slope, (flat,), (jnp.ones_like(flat),))[1]
         return _Diagonal(diagonal, unravel)
+    if most is not None and flat.size > most:
+        return None
     basis = jnp.eye(flat.size, dtype=flat.dtype)
     hessian = jax.vmap(lambda v: jax.jvp(slope, (flat,), (v,))[1])(basis)
     return _Whole(hessian, unravel)
@@ -255,19 +268,9 @@ def hessian_map(example: Example) -> Partial:
     Negative curvature is left out, as of the sampled columns. Of a loss that mixes the elements of
     a prediction of more than `EIGENVALUES` of them it is not looked for: the loss must be convex.
     """
-    flat, unravel = ravel_pytree(example.prediction)
-    if example.loss is losses.softmax_cross_entropy:
-        root = _Softmax(jnp.asarray(example.prediction), jnp.asarray(example.target))
-        return Partial(_softmax_product, root.p, root.weight)
-    slope = grad(lambda z: example.loss(unravel(z), example.target))
-    if _is_separable(example):
-        diagonal = jax.jvp(slope, (flat,), (jnp.ones_like(flat),))[1]
-        return Partial(jnp.multiply, jnp.maximum(diagonal, 0))
-    if flat.size <= EIGENVALUES:
-        root = _root_of(example)
-        return Partial(
-            jnp.matmul, (root.vectors * jnp.maximum(root.values, 0)[None]) @ root.vectors.T
-        )
+    root = _root_of(example, most=EIGENVALUES)
+    if root is not None:
+        return root.product()
     product = functools.partial(_slope_product, example.loss)
     return Partial(product, example.prediction, example.target)
 

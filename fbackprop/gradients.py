@@ -68,6 +68,11 @@ class Gradients:
     def columns(self) -> int:
         return self.signs.shape[1]
 
+    @property
+    def counts(self):
+        """(N, C), what each column's outer product counts in the mean; none where it is concave."""
+        return self.shares[:, None] * jnp.maximum(self.signs, 0)
+
     def _tree(self, leaves: Sequence):
         return jax.tree.unflatten(jax.tree.structure(self.params), leaves)
 
@@ -174,7 +179,6 @@ class Gradients:
         return self._tree(found)
 
     def _squares_along(self, leaf: int, block: EigenBlock):
-        counts = self._counts_of_columns
         for group in self.groups[leaf] or ():
             view = self.source.origins[group.weight].view
             assert view is not None  # or there would be no groups
@@ -182,10 +186,10 @@ class Gradients:
                 block.layout,
                 block.place,
             ):
-                return turned(group, block.a, block.b).squares(counts)
+                return turned(group, block.a, block.b).squares(self.counts)
         each = self._formed[leaf] if self.groups[leaf] is None else self._each[leaf]
         arrange = jax.vmap(jax.vmap(block.arrange))
-        return formed_squares(block.turn(arrange(each)), counts)
+        return formed_squares(block.turn(arrange(each)), self.counts)
 
     def dots(self, other: Gradients | None = None, per_leaf: bool = False):
         """⟨gradient n c, gradient m d⟩ with these or other examples', (N, C, M, D); or a pytree."""
@@ -229,8 +233,7 @@ class Gradients:
         if groups is None:
             each = self._formed[leaf]
             if vectors == "diagonal" and whole.ndim < 2:
-                counts = self._counts_of_columns
-                return (diagonal_block(formed_squares(each, counts), whole, whole),)
+                return (diagonal_block(formed_squares(each, self.counts), whole, whole),)
             return (block_without_activations(each, whole, whole, 0, *self._counts),)
         blocks = []
         for members in (group.members for group in groups):
@@ -252,22 +255,15 @@ class Gradients:
         if placed[0].site.use is None:
             group, depth = Group(placed), self.source.depth[weight]
             if vectors == "diagonal" and view.ndim - depth < 2:
-                squares = group.squares(self._counts_of_columns)
+                squares = group.squares(self.counts)
                 return diagonal_block(squares, view, start)
             return block_without_activations(group.each(), view, start, depth, shares, counts)
         return block_of_sites([p.site for p in placed], view, start, shares, counts, sharing)
 
     @property
     def _counts(self):
-        """What examples count in the mean, and what their columns do; none where it is concave."""
-        if self.even is not None:
-            return self.even, self.even
-        return self.shares, self.shares[:, None] * jnp.maximum(self.signs, 0)
-
-    @property
-    def _counts_of_columns(self):
-        """The latter as an array, (N, 1) or (N, C)."""
-        return self.shares[:, None] * jnp.maximum(self.signs, 0)
+        """What examples count in the mean, and what their columns do; where it is, one number."""
+        return (self.shares, self.counts) if self.even is None else (self.even, self.even)
 
     def _wide(self, leaf: int):
         return jnp.promote_types(self._params[leaf].dtype, jnp.float32)

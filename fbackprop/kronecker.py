@@ -122,14 +122,12 @@ class KroneckerBlock(Block):
 
     def diagonal(self) -> jax.Array:
         """The block's diagonal, of the leaf's shape."""
-        a = self.a if self.a.ndim == 2 else jnp.diagonal(self.a, axis1=1, axis2=2)
-        b = jnp.diagonal(self.b, axis1=1, axis2=2)
+        a, b = diagonal_of(self.a), diagonal_of(self.b)
         return self.restore(a[:, :, None] * b[:, None, :])
 
     def dense(self) -> jax.Array:
         """The block as a matrix over the flattened parameter, (P, P), zero outside this part."""
-        a = self.a if self.a.ndim == 3 else jax.vmap(jnp.diag)(self.a)
-        product = jnp.einsum("gij,gop->giojp", a, self.b)  # (g, i, o, j, p)
+        product = jnp.einsum("gij,gop->giojp", matrices_of(self.a), self.b)  # (g, i, o, j, p)
         g, i, o = self.layout.sizes
         at = self.indices().reshape(g, i * o)
         blocks = product.reshape(g, i * o, i * o)
@@ -233,10 +231,20 @@ def diagonal_block(values, view: np.ndarray, start: np.ndarray) -> KroneckerBloc
     return KroneckerBlock(values.reshape(1, view.size), one, layout, place_of(view, start))
 
 
+def matrices_of(factor):
+    """A factor (g, f, f), of which the diagonal (g, f) may be given."""
+    return factor if factor.ndim == 3 else jax.vmap(jnp.diag)(factor)
+
+
+def diagonal_of(factor):
+    """The diagonal (g, f) of a factor, or of its diagonal."""
+    return factor if factor.ndim == 2 else jnp.diagonal(factor, axis1=1, axis2=2)
+
+
 def _sum(outers: Sequence):
     """The sum of matrices (g, f, f) and of diagonals (g, f) of such."""
     if len({x.ndim for x in outers}) > 1:
-        outers = [jax.vmap(jnp.diag)(x) if x.ndim == 2 else x for x in outers]
+        outers = [matrices_of(x) for x in outers]
     return sum(outers)
 
 

@@ -44,8 +44,7 @@ class DualGaussNewton(Curvature):
     @property
     def _roots(self):
         """√wₙ of the columns of positive curvature, (N, C); those of negative are left out."""
-        counts = self.factor * self.rows.shares[:, None] * jnp.maximum(self.rows.signs, 0)
-        return jnp.sqrt(counts)
+        return jnp.sqrt(self.factor * self.rows.counts)
 
     def across(self, tree) -> jax.Array:
         """S v, (N, C)."""

@@ -15,7 +15,14 @@ from jax.scipy.linalg import block_diag
 from fbackprop.curvature import cholesky
 from fbackprop.curvature.base import Curvature, conjugate_gradients
 from fbackprop.curvature.space import Space
-from fbackprop.kronecker import Block, EigenBlock, KroneckerBlock, diagonal_block
+from fbackprop.kronecker import (
+    Block,
+    EigenBlock,
+    KroneckerBlock,
+    diagonal_block,
+    diagonal_of,
+    matrices_of,
+)
 
 _ALTERNATIONS = 20  # of a least-squares fit that converges geometrically
 
@@ -156,8 +163,7 @@ def _dtype(blocks):
 
 
 def _sum(leaves):
-    first, *rest = leaves
-    return functools.reduce(jnp.add, rest, first)
+    return functools.reduce(jnp.add, leaves)
 
 
 # --- one block ------------------------------------------------------------------------------------
@@ -180,8 +186,7 @@ def _divided(block: KroneckerBlock, damping) -> tuple[tuple, tuple]:
         return (one[:, 0], nothing), (a.reshape(-1, 1, 1) * b, damping)
     if b.shape[1] == 1:
         return (a * (b[:, 0] if a.ndim == 2 else b), damping), (one, nothing)
-    mean_a = jnp.mean(a if a.ndim == 2 else jnp.diagonal(a, axis1=1, axis2=2), axis=-1)
-    mean_b = jnp.mean(jnp.diagonal(b, axis1=1, axis2=2), axis=-1)
+    mean_a, mean_b = (jnp.mean(diagonal_of(x), axis=-1) for x in (a, b))
     both = (mean_a > 0) & (mean_b > 0)
     pi = jnp.sqrt(jnp.where(both, mean_a, 1) / jnp.where(both, mean_b, 1))
     root = jnp.sqrt(damping)
@@ -242,11 +247,11 @@ def _one(blocks: list[KroneckerBlock]) -> KroneckerBlock:
         elif other.shape == places.swapaxes(1, 2).shape and np.array_equal(
             other.swapaxes(1, 2), places
         ):
-            pairs.append((b, a if a.ndim == 3 else jax.vmap(jnp.diag)(a)))
+            pairs.append((b, matrices_of(a)))
         else:
             return _diagonal(blocks)
     if len({a.ndim for a, _ in pairs}) > 1:
-        pairs = [(a if a.ndim == 3 else jax.vmap(jnp.diag)(a), b) for a, b in pairs]
+        pairs = [(matrices_of(a), b) for a, b in pairs]
     a, b = (jnp.stack(factors) for factors in zip(*pairs, strict=True))  # (k, g, f, f)
     flat_a, flat_b = (x.reshape(*x.shape[:2], -1) for x in (a, b))
     gram_a, gram_b = (jnp.einsum("kgf,lgf->gkl", x, x) for x in (flat_a, flat_b))

@@ -177,7 +177,7 @@ class Gram(Quantity):
         dots = gradients.dots(per_leaf=self.per_leaf)
         if not self.weighted:
             return dots
-        root = jnp.sqrt(gradients.shares[:, None] * jnp.maximum(gradients.signs, 0))
+        root = jnp.sqrt(gradients.counts)
         return jax.tree.map(lambda x: _on_both_sides(x, root), dots)
 
 
