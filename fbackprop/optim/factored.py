@@ -24,7 +24,7 @@ from fbackprop.optim.common import (
     where,
     zero_unless,
 )
-from fbackprop.optim.reduction import LARGEST, reduction_ratio
+from fbackprop.optim.reduction import Rule, adapted, reduction_ratio
 from fbackprop.quantities import Kronecker
 
 # Curvature is measured on one part in so many of the batch, but on so many examples at least, if
@@ -226,18 +226,19 @@ def _factored(
             )
             promised = None
         finite = is_finite(change)
-        change = jax.tree.map(lambda c, p: c.astype(p.dtype), zero_unless(finite, change), params)
+        change = optax.tree.cast_like(zero_unless(finite, change), params)
         damping, ratio = state.damping, state.ratio
         if adaptive:
 
             def judge():
                 predicted = promised
                 if promised is None:
-                    model = _quadratic(problem, change, state.damping)
+                    square = optax.tree.vdot(change, change)
+                    model = GaussNewton.of(problem).quadratic(change) + state.damping * square
                     predicted = -optax.tree.vdot(updates, change) - model / 2
                 after = problem.value(optax.apply_updates(params, change))
                 ratio = reduction_ratio(value, after, predicted).astype(state.ratio.dtype)
-                return _levenberg(state.damping, ratio, every), ratio
+                return _next(state.damping, ratio, every), ratio
 
             damping, ratio = lax.cond(is_time & finite, judge, lambda: (state.damping, state.ratio))
         after = FactoredState(
@@ -261,11 +262,11 @@ def _complete(state: FactoredState, make: Callable) -> FactoredState:
     return state._replace(factors=factors, solver=made)
 
 
-def _levenberg(damping, ratio, every):
+def _next(damping, ratio, every):
     """λ · ω or λ / ω with ω = 0.95 for every step since the last time (section 6.5)."""
     omega = jnp.asarray(0.95, damping.dtype) ** every
-    factor = jnp.where(ratio > 0.75, omega, jnp.where(ratio < 0.25, 1 / omega, 1.0))
-    return jnp.clip(damping * factor, jnp.finfo(damping.dtype).eps, LARGEST)
+    rule = Rule(shrink=omega, grow=1 / omega, rejected=1 / omega)
+    return jnp.maximum(adapted(damping, ratio, rule), jnp.finfo(damping.dtype).eps)
 
 
 def _part(objective: Objective) -> Objective:
@@ -274,21 +275,11 @@ def _part(objective: Objective) -> Objective:
     return objective.of_first(max(min(n, LEAST), n // PART))
 
 
-def _pushed(objective: Objective, *changes) -> tuple[GaussNewton, list]:
-    operator = GaussNewton.of(objective)
-    return operator, [operator.pushforward(change) for change in changes]
-
-
-def _quadratic(objective: Objective, change, damping):
-    """δᵀ (G + λI) δ."""
-    operator, (pushed,) = _pushed(objective, change)
-    return operator.between(pushed, pushed) + damping * optax.tree.vdot(change, change)
-
-
 def _by_quadratic_model(objective: Objective, gradient, direction, velocity, damping):
     """αΔ + μδ₀ at the minimum of the quadratic model, and the reduction that it promises."""
     both = direction, velocity
-    operator, pushed = _pushed(_part(objective), *both)
+    operator = GaussNewton.of(_part(objective))
+    pushed = [operator.pushforward(x) for x in both]
     dot = optax.tree.vdot
     pairs = list(zip(pushed, both, strict=True))
     rows = [[operator.between(p, q) + damping * dot(x, y) for q, y in pairs] for p, x in pairs]

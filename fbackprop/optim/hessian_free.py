@@ -97,7 +97,7 @@ def hessian_free(
         search = conjugate_gradients(multiply, gradient, start, max_iterations)
         change, place = _best_iterate(search, loss)
         change, after = _shortened(change, loss, value, gradient)
-        predicted = -_model(search, place) + state.damping / 2 * optax.tree.vdot(change, change)
+        predicted = -search.values[place] + state.damping / 2 * optax.tree.vdot(change, change)
         ratio = reduction_ratio(value, after, predicted).astype(state.ratio.dtype)
         usable = (after < value) & is_finite(change)
         found = HessianFreeState(
@@ -202,10 +202,6 @@ def conjugate_gradients(multiply, gradient, start, max_iterations) -> Search:
 def _quadratic(solution, residual, gradient):
     """q(d) = ½ dᵀ(g − r), since Ad = −g − r."""
     return optax.tree.vdot(solution, optax.tree.sub(gradient, residual)) / 2
-
-
-def _model(search: Search, place):
-    return search.values[place]
 
 
 def _best_iterate(search: Search, loss):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 GOOD, POOR = 0.75, 0.25
 LARGEST = 1e12
@@ -20,9 +21,9 @@ class Rule(NamedTuple):
       rejected: factor where the loss does not fall.
     """
 
-    shrink: float
-    grow: float
-    rejected: float
+    shrink: ArrayLike
+    grow: ArrayLike
+    rejected: ArrayLike
 
 
 def reduction_ratio(before, after, predicted) -> jax.Array:
