@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
+
+from fbackprop.curvature.space import Space
 
 # In full precision on every device: accelerators' default would lose the basis's orthogonality.
 _dot = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -372,7 +373,7 @@ def _average(function: Callable[[Any], jax.Array], inputs: Any, zero: jax.Array)
     return Estimate(mean, jnp.sqrt(spread / (samples * (samples - 1))))
 
 
-def _residual_trace(space: "_Space", key: jax.Array, samples: int, basis: Any) -> Estimate:
+def _residual_trace(space: "_Operator", key: jax.Array, samples: int, basis: Any) -> Estimate:
     """tr A on the orthogonal complement of the rows of a basis, or on the whole space."""
 
     def sample(key: jax.Array) -> jax.Array:
@@ -401,7 +402,7 @@ class _Krylov(NamedTuple):
         return jnp.linalg.eigh(dense)
 
 
-def _lanczos(space: "_Space", start: jax.Array, key: jax.Array, iterations: int) -> _Krylov:
+def _lanczos(space: "_Operator", start: jax.Array, key: jax.Array, iterations: int) -> _Krylov:
     """As many steps as asked for, but no more than there are dimensions.
 
     Where the Krylov space is exhausted (β ≈ 0) a random vector orthogonal to it goes on, with a
@@ -457,7 +458,7 @@ def _norm(x: jax.Array) -> jax.Array:
 
 
 def _quadrature(
-    name: str, space: "_Space", key: jax.Array, iterations: int, samples: int
+    name: str, space: "_Operator", key: jax.Array, iterations: int, samples: int
 ) -> SpectralDensity:
     """Nodes and weights from Lanczos's method, one random vector after another."""
     _check_count(name, "iterations", iterations)
@@ -476,20 +477,29 @@ def _quadrature(
 # --- trees as vectors -----------------------------------------------------------------------------
 
 
-class _Space(NamedTuple):
-    """The flattened trees, and the operator on them."""
+class _Operator(NamedTuple):
+    """The operator on flattened trees."""
 
-    size: int  # P
-    dtype: Any
+    space: Space
     product: Callable[[jax.Array], jax.Array]  # (P,) to (P,)
-    tree: Callable[[jax.Array], Any]  # of (P,)
+
+    @property
+    def size(self) -> int:
+        return self.space.size
+
+    @property
+    def dtype(self) -> Any:
+        return self.space.dtype
+
+    def tree(self, x: jax.Array) -> Any:
+        return self.space.unravel(x)
 
     def signs(self, key: jax.Array, count: int) -> jax.Array:
         """Random vectors of ±1, (count, P)."""
         return jax.random.rademacher(key, (count, self.size), self.dtype)
 
 
-def _space(name: str, operator: Any, like: Any) -> _Space:
+def _space(name: str, operator: Any, like: Any) -> _Operator:
     matvec = getattr(operator, "matvec", operator)
     if not callable(matvec):
         raise TypeError(
@@ -498,28 +508,21 @@ def _space(name: str, operator: Any, like: Any) -> _Space:
         )
     like = jax.eval_shape(lambda tree: tree, like)
     _check_real(name, "like", like)
-    leaves, form = jax.tree.flatten(like)
-    ends = np.cumsum([leaf.size for leaf in leaves])
-    if not leaves or ends[-1] == 0:
+    space = Space.of(like)
+    if space.size == 0:
         raise ValueError(f"{name}: like is empty; give a tree with at least one number")
-    dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
-
-    def tree(x: jax.Array) -> Any:
-        parts = jnp.split(x, ends[:-1])
-        pairs = zip(parts, leaves, strict=True)
-        return form.unflatten([part.reshape(s.shape).astype(s.dtype) for part, s in pairs])
 
     def product(x: jax.Array) -> jax.Array:
-        image = jax.tree.map(jnp.asarray, matvec(tree(x)))
+        image = jax.tree.map(jnp.asarray, matvec(space.unravel(x)))
         if _form(image) != _form(like):
             raise ValueError(
                 f"{name}: the operator returns {_form(image)}; like is {_form(like)}, and the "
                 "operator must return the same form of tree"
             )
         _check_real(name, "the operator's result", image)
-        return jnp.concatenate([leaf.reshape(-1).astype(dtype) for leaf in jax.tree.leaves(image)])
+        return space.ravel(image)
 
-    return _Space(int(ends[-1]), dtype, product, tree)
+    return _Operator(space, product)
 
 
 def _form(tree: Any) -> str:
