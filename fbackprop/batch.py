@@ -23,6 +23,7 @@ from fbackprop.program import as_array, is_inexact, type_of
 from fbackprop.quantities.base import Quantity
 from fbackprop.record import named_signals
 from fbackprop.reverse import DEFAULT, STRICT
+from fbackprop.rewrite import Overrides
 from fbackprop.sites import site_of, whole
 
 
@@ -33,6 +34,7 @@ def sweep(
     reduction: str = "mean",
     chunk: int | None = None,
     strict: bool = False,
+    rules: Mapping | None = None,
     **quantities: Quantity,
 ) -> Callable:
     """The loss of a batch and any quantities of its examples' gradients, by one backward sweep.
@@ -46,6 +48,7 @@ def sweep(
         gradient and the curvature.
       chunk: how many examples to go through at a time; None for all. Same results, less memory.
       strict: refuse primitives without a hand-written rule instead of deriving one.
+      rules: other backward rules for the model, as of `vjp`.
       **quantities: what to compute, by the names under which to return it.
 
     Returns:
@@ -79,7 +82,8 @@ def sweep(
             raise TypeError(
                 f"{name}={quantity!r} is not a quantity: give an instance, such as fb.Gradient()"
             )
-    rules = STRICT if strict else DEFAULT
+    table = STRICT if strict else DEFAULT
+    changes = None if rules is None else Overrides(rules)
 
     def run(params, batch, *further, weights=None, key=None):
         check_params(params)
@@ -90,7 +94,7 @@ def sweep(
         has_key = key is not None and takes_key(model)
         examples = examples_of(batch, further, weights, key, has_key)
         names = any(q.names for q in quantities.values())
-        tapped = tapped_model(model, params, examples.inputs, rules, has_key, names)
+        tapped = tapped_model(model, params, examples.inputs, table, has_key, names, changes)
         total = 1.0 if reduction == "mean" else total_weight(weights, len(examples.shares))
         even = 1 / len(examples.shares) if weights is None else None
         task = _Task(tapped, loss, quantities, params, total, even, set())

@@ -14,6 +14,7 @@ from fbackprop.gradients import Source, source_of
 from fbackprop.program import (
     TAP,
     Program,
+    bound,
     cotangent_aval,
     is_inexact,
     program_of,
@@ -21,6 +22,7 @@ from fbackprop.program import (
     type_of,
     zeros,
 )
+from fbackprop.rewrite import Overrides
 from fbackprop.separate import Separation, Weight, separate
 from fbackprop.taps import Plan, is_named, plan
 
@@ -54,7 +56,13 @@ class Tapped(NamedTuple):
 
 
 def tapped_model(
-    model: Callable, params, inputs: tuple, rules, has_key: bool, names: bool = False
+    model: Callable,
+    params,
+    inputs: tuple,
+    rules,
+    has_key: bool,
+    names: bool = False,
+    changes: Overrides | None = None,
 ) -> Tapped:
     """Trace a model for one of the examples whose batch is `inputs`.
 
@@ -62,12 +70,16 @@ def tapped_model(
       model, params, inputs, rules: as their names say.
       has_key: whether the last of the inputs is the model's key.
       names: whether error signals of named values are wanted.
+      changes: other backward rules.
     """
 
     def call(params, *inputs):
         return call_model(model, params, inputs, has_key)
 
     program, structure = trace_tree(call, params, *one_of(inputs))
+    if changes is not None:
+        program, arrays = changes.applied(program, 0, params)
+        program = bound(program, arrays)
     return _tap(program, structure, len(jax.tree.leaves(params)), rules, names)
 
 

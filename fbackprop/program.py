@@ -42,11 +42,15 @@ class Equation:
       outputs: variables, one per result.
       in_avals, out_avals: abstract values (`.shape`, `.dtype`) of operands and results.
       memo: facts derived from the equation, computed once (see `memoized`).
+      rule: the backward rule that this equation has of its own, if any.
     """
 
     __slots__ = (
-        "primitive", "params", "inputs", "outputs", "in_avals", "out_avals", "memo", "_eqn",
+        "primitive", "params", "inputs", "outputs", "in_avals", "out_avals", "memo",
+        "jaxpr_equation",
     )  # fmt: skip
+
+    rule: Any = None
 
     def __init__(self, eqn):
         self.primitive: Primitive = eqn.primitive
@@ -56,28 +60,60 @@ class Equation:
         self.in_avals = tuple(v.aval for v in eqn.invars)
         self.out_avals = tuple(v.aval for v in eqn.outvars)
         self.memo: dict = {}
-        self._eqn = eqn
+        self.jaxpr_equation = eqn
 
     def __repr__(self) -> str:
-        return f"<{self.primitive} at {self.source}>"
+        return f"<{self.label} at {self.source}>"
+
+    @property
+    def arity(self) -> int:
+        """How many operands a backward rule sees."""
+        return len(self.inputs)
+
+    @property
+    def name(self) -> str:
+        """What the user called it: a value, a jit-ted or custom function, a loop's body; or ''.
+
+        A value has the name that `jax.ad_checkpoint.checkpoint_name` gave it.
+        """
+        name = self.params.get("name")
+        if isinstance(name, str):
+            return name
+        body = self.params.get("call_jaxpr") or self.params.get("jaxpr")
+        info = getattr(getattr(body, "jaxpr", body), "debug_info", None)
+        return getattr(info, "func_name", None) or ""
+
+    @property
+    def label(self) -> str:
+        """The primitive, and what the user called it if anything: ``jit:relu``."""
+        return f"{self.primitive}:{self.name}" if self.name else str(self.primitive)
+
+    @property
+    def scope(self) -> str:
+        """The `jax.named_scope`s around it within its function, ``outer/inner``."""
+        return str(self.jaxpr_equation.source_info.name_stack)
+
+    @property
+    def effects(self):
+        return self.jaxpr_equation.effects
 
     @property
     def source(self) -> str:
         """The line of the user's code that called the primitive, ``file:line (function)``."""
-        return source_info_util.summarize(self._eqn.source_info) or UNKNOWN_LINE
+        return source_info_util.summarize(self.jaxpr_equation.source_info) or UNKNOWN_LINE
 
     @property
     def has_effects(self) -> bool:
-        return bool(self._eqn.effects)
+        return bool(self.effects)
 
     @contextlib.contextmanager
     def context(self):
         """A context that gives new operations this equation's line, scope, mesh and device kind."""
-        info = self._eqn.source_info
+        info = self.jaxpr_equation.source_info
         stack = source_info_util.current_name_stack() + info.name_stack
         with (
             source_info_util.user_context(info.traceback, name_stack=stack),
-            self._eqn.ctx.manager,
+            self.jaxpr_equation.ctx.manager,
         ):
             yield
 
@@ -151,6 +187,13 @@ def evaluate(program: Program, values: Sequence) -> list:
     return [read(env, v) for v in program.outputs]
 
 
+def bound(program: Program, values: Sequence) -> Program:
+    """The same program with values for its first inputs."""
+    names, rest = program.inputs[: len(values)], program.inputs[len(values) :]
+    constants = (*program.constants, *zip(names, values, strict=True))
+    return Program(rest, constants, program.equations, program.outputs)
+
+
 def inlined(program: Program) -> Program:
     """The same program with the equations of its jit-ted calls in the place of the calls."""
 
@@ -159,7 +202,7 @@ def inlined(program: Program) -> Program:
         env.update(zip(program.inputs, values, strict=True))
         for eqn in program.equations:
             operands = [read(env, v) for v in eqn.inputs]
-            if eqn.primitive.name == "jit":
+            if eqn.primitive.name == "jit" and eqn.rule is None:
                 outs = run(program_of(eqn.params["jaxpr"]), operands)
             else:
                 outs = eqn.bind(*operands)
@@ -212,7 +255,7 @@ def program_of(jaxpr) -> Program:
 
 
 def _equation(eqn) -> Equation:
-    return (Recorded if eqn.primitive in (RECORDED_JVP, RECORDED_VJP) else Equation)(eqn)
+    return _KINDS.get(eqn.primitive, Equation)(eqn)
 
 
 _programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -525,6 +568,10 @@ class Recorded(Equation):
 
     __slots__ = ()
 
+    @property
+    def arity(self) -> int:
+        return self.params["n_args"]
+
     def bind(self, *values, **_) -> list:
         n = self.params["n_args"]
         return list(values[n : n + self.params["n_outs"]])
@@ -593,6 +640,67 @@ TAP.def_abstract_eval(lambda x, nudge: x)
 mlir.register_lowering(TAP, lambda ctx, x, nudge: [x])
 batching.primitive_batchers[TAP] = lambda args, axes: (args[0], axes[0])
 ad.primitive_jvps[TAP] = lambda primals, tangents: (primals[0], tangents[0])
+
+
+# --- equations with a rule of their own ----------------------------------------------------------
+
+CHANGED = Primitive("changed")
+CHANGED.multiple_results = True
+
+
+class Changed(Equation):
+    """An equation that runs like another, and has a backward rule of its own.
+
+    It looks like the `original`: the same primitive and parameters. Its operands are those of the
+    original and then the arrays that its rule holds.
+    """
+
+    __slots__ = ("original", "rule")
+
+    def __init__(self, eqn):
+        super().__init__(eqn)
+        self.original, self.rule = eqn.params["original"], eqn.params["rule"]
+        self.primitive, self.params = self.original.primitive, self.original.params
+
+    @property
+    def arity(self) -> int:
+        return self.original.arity
+
+    def bind(self, *values, **_) -> list:
+        with self.context():
+            return CHANGED.bind(*values, original=self.original, rule=self.rule)
+
+
+def bind_changed(original: Equation, rule, values: Sequence, arrays: Sequence) -> list:
+    """Stage an equation whose backward rule is `rule`, which holds `arrays`."""
+    with original.context():
+        return CHANGED.bind(*values, *arrays, original=original, rule=rule)
+
+
+def _run_original(*values, original, rule) -> list:
+    return original.bind(*values[: len(original.inputs)])
+
+
+def _batch_original(values, axes, **params):
+    outs = jax.vmap(functools.partial(_run_original, **params), in_axes=axes)(*values)
+    return outs, (0,) * len(outs)
+
+
+def _original_jvp(primals, tangents, **params):
+    pairs = zip(primals, tangents, strict=True)
+    tangents = [_no_tangent(type_of(x), False) if isinstance(t, _ZEROS) else t for x, t in pairs]
+    return jax.jvp(functools.partial(_run_original, **params), primals, tangents)
+
+
+CHANGED.def_impl(_run_original)
+CHANGED.def_effectful_abstract_eval(
+    lambda *_, original, rule: (list(original.out_avals), original.effects)
+)
+mlir.register_lowering(CHANGED, mlir.lower_fun(_run_original, multiple_results=True))
+batching.primitive_batchers[CHANGED] = _batch_original
+ad.primitive_jvps[CHANGED] = _original_jvp
+
+_KINDS = {CHANGED: Changed, RECORDED_JVP: Recorded, RECORDED_VJP: Recorded}
 
 
 # --- abstract values ------------------------------------------------------------------------------
@@ -671,19 +779,6 @@ def bodies(eqn: Equation) -> tuple[Program, ...]:
 
 def _is_jaxpr(x) -> bool:  # before JAX 0.12 there are open and closed ones
     return isinstance(x, (core.Jaxpr, getattr(core, "ClosedJaxpr", core.Jaxpr)))
-
-
-def name_of(eqn: Equation) -> str:
-    """What the user called it: a value, a jit-ted or custom function, a loop's body; '' if nothing.
-
-    A value has the name that `jax.ad_checkpoint.checkpoint_name` gave it.
-    """
-    name = eqn.params.get("name")
-    if isinstance(name, str):
-        return name
-    body = eqn.params.get("call_jaxpr") or eqn.params.get("jaxpr")
-    info = getattr(getattr(body, "jaxpr", body), "debug_info", None)
-    return getattr(info, "func_name", None) or ""
 
 
 def scan_counts(params: dict) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,6 @@ from fbackprop.program import (
     Equation,
     as_array,
     is_inexact,
-    name_of,
     program_of,
     type_of,
 )
@@ -209,7 +208,12 @@ class Record:
 
 
 def record(
-    f: Callable, *, cotangent=None, where: Callable[[Equation], bool] | None = None, strict=False
+    f: Callable,
+    *,
+    cotangent=None,
+    where: Callable[[Equation], bool] | None = None,
+    strict: bool = False,
+    rules: Mapping | None = None,
 ) -> Callable[..., Record]:
     """The record of a backward pass: every equation, its values, and the cotangents that met it.
 
@@ -227,6 +231,7 @@ def record(
         default all. Calls, loops and branches are kept, without their own arrays, as far as they
         hold something kept.
       strict: refuse primitives without a hand-written rule instead of deriving one.
+      rules: other backward rules for this sweep, as of `vjp`.
 
     Returns:
       A function of the same positional arguments, to a `Record`. It may be jit-ted, mapped and
@@ -247,18 +252,18 @@ def record(
     """
     if not callable(f):
         raise TypeError(f"record takes a function, but its first argument is {f!r}")
-    rules = STRICT if strict else DEFAULT
+    table = STRICT if strict else DEFAULT
 
     @functools.wraps(f, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=())
     def recorded(*args) -> Record:
         leaves, structure = jax.tree.flatten(args)
         leaves = [as_array(x) for x in leaves]
         run = functools.partial(_forward, where)
-        traced, tapped = trace_and_run(run, rules, f, leaves, structure)
+        traced, tapped = trace_and_run(run, table, f, leaves, structure, overrides=rules)
         value, _ = traced.unflatten(tapped.outs)
         cts = _start(cotangent, value, traced)
         cts += [None] * (len(tapped.program.outputs) - len(cts))  # what is noted
-        found = backward(rules, tapped.program, tapped.active, tapped.tape, cts)
+        found = backward(table, tapped.program, tapped.active, tapped.tape, cts)
         n = len(traced.constants)
         of_args, of_taps = found[n : n + len(leaves)], found[n + len(leaves) :]
         avals = map(type_of, leaves)
@@ -270,7 +275,9 @@ def record(
     return recorded
 
 
-def error_signals(f: Callable, *args, cotangent=None, strict: bool = False) -> dict[str, jax.Array]:
+def error_signals(
+    f: Callable, *args, cotangent=None, strict: bool = False, rules: Mapping | None = None
+) -> dict[str, jax.Array]:
     """The error signals δ = ∂E/∂v of the values v that are named in `f`.
 
     A value is named by ``jax.ad_checkpoint.checkpoint_name(v, "name")`` anywhere in `f`: in calls,
@@ -284,6 +291,7 @@ def error_signals(f: Callable, *args, cotangent=None, strict: bool = False) -> d
         a function that returns the losses of N independent examples, (N,), each error signal is
         then that of its own example's loss.
       strict: refuse primitives without a hand-written rule instead of deriving one.
+      rules: other backward rules for this sweep, as of `vjp`.
 
     Returns:
       For each name an array of the value's shape. Loops put an axis of their iterations in front;
@@ -305,7 +313,7 @@ def error_signals(f: Callable, *args, cotangent=None, strict: bool = False) -> d
       >>> fb.error_signals(loss, jnp.zeros((2, 3)), jnp.ones(3))["net"]
       Array([1., 1.], dtype=float32)
     """
-    return record(f, cotangent=cotangent, where=is_named, strict=strict)(*args).signals
+    return record(f, cotangent=cotangent, where=is_named, strict=strict, rules=rules)(*args).signals
 
 
 # --- recording ------------------------------------------------------------------------------------
@@ -363,14 +371,15 @@ def _step(tapped: Tapped, note: Reading, met: Reading, source: str) -> Step:
         steps = bodies[0] if bodies else ()
     params = eqn.params
     loop = Loop(params["length"], params["reverse"]) if eqn.primitive.name == "scan" else None
+    n = len(eqn.inputs) if eqn.rule is None else eqn.arity  # not the arrays that a rule holds
     return Step(
-        operands=note.operands,
+        operands=note.operands[:n],
         results=note.results,
         arriving=met.results,
-        leaving=met.operands,
+        leaving=met.operands[:n],
         steps=steps,
         primitive=eqn.primitive.name,
-        name=name_of(eqn),
+        name=eqn.name,
         source=source,
         shapes=tuple(aval.shape for aval in eqn.out_avals),
         loop=loop,

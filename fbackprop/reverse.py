@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,12 +25,19 @@ from fbackprop.program import (
     type_of,
     zeros,
 )
+from fbackprop.rewrite import Overrides
 from fbackprop.table import Rules
 
 DEFAULT, STRICT = Rules(), Rules(strict=True)
 
 
-def vjp(fun: Callable, *primals, has_aux: bool = False, strict: bool = False):
+def vjp(
+    fun: Callable,
+    *primals,
+    has_aux: bool = False,
+    strict: bool = False,
+    rules: Mapping | None = None,
+):
     """Value of `fun` at `primals` and its pullback there.
 
     With ``y = fun(*primals)`` and Jacobian ``J``, the pullback maps a cotangent ``v`` of ``y`` to
@@ -42,6 +49,9 @@ def vjp(fun: Callable, *primals, has_aux: bool = False, strict: bool = False):
       *primals: where to evaluate; arrays, scalars or pytrees of them.
       has_aux: whether `fun` returns a pair, of which only the first is differentiated.
       strict: refuse primitives without a hand-written rule instead of deriving one.
+      rules: other backward rules for this sweep, a mapping from what they are for: the name of a
+        primitive or of a called function, or a predicate on the equation; see the guide "Write
+        your own backward rule".
 
     Returns:
       ``(value, pullback)``, or ``(value, pullback, aux)`` with `has_aux`. ``pullback(v)`` takes a
@@ -51,6 +61,7 @@ def vjp(fun: Callable, *primals, has_aux: bool = False, strict: bool = False):
 
     Raises:
       TypeError: if `fun` does not take or return arrays, or, with `has_aux`, no pair.
+      ValueError: if a name in `rules` matches nothing.
       MissingRule: with `strict`, for a primitive without a rule.
 
     Example:
@@ -63,22 +74,41 @@ def vjp(fun: Callable, *primals, has_aux: bool = False, strict: bool = False):
         raise TypeError(f"vjp differentiates functions, but its first argument is {fun!r}")
     leaves, structure = jax.tree.flatten(primals)
     leaves = [as_array(x) for x in leaves]
-    rules = STRICT if strict else DEFAULT
-    traced, (active, outs, tape) = trace_and_run(_run, rules, fun, leaves, structure, has_aux)
+    table = STRICT if strict else DEFAULT
+    traced, (active, outs, tape) = trace_and_run(
+        _run, table, fun, leaves, structure, has_aux, rules
+    )
     value, aux = traced.unflatten(outs)
-    sweep = _Sweep(rules, traced.program, active, traced.out_structure, structure)
+    sweep = _Sweep(table, traced.program, active, traced.out_structure, structure)
     pullback = jax.tree_util.Partial(sweep, tape)
     return (value, pullback, aux) if has_aux else (value, pullback)
 
 
-def trace_and_run(run: Callable, rules: Rules, fun: Callable, leaves, structure, has_aux=False):
+def trace_and_run(
+    run: Callable,
+    rules: Rules,
+    fun: Callable,
+    leaves,
+    structure,
+    has_aux: bool = False,
+    overrides: Mapping | None = None,
+):
     """Trace a function, and ``run(rules, traced, leaves)`` what was traced; returns both results.
 
     What has no derivative for abstract arguments may have one for their values: a loop whose
     length they determine, a custom rule that looks at them.
     """
+    changes = None if overrides is None else Overrides(overrides)
 
-    traced = trace_function(fun, leaves, structure, has_aux)
+    def trace(on_values=False):
+        traced = trace_function(fun, leaves, structure, has_aux, on_values)
+        if changes is None:
+            return traced
+        first, *_ = jax.tree.unflatten(structure, leaves) or ((),)
+        program, arrays = changes.applied(traced.program, len(traced.constants), first)
+        return traced._replace(program=program, constants=[*arrays, *traced.constants])
+
+    traced = trace()
     final = traced.on_values or not any(map(has_value, leaves))
     if final or reversible(rules, traced.program, active_inputs(traced, leaves)):
         try:
@@ -86,7 +116,7 @@ def trace_and_run(run: Callable, rules: Rules, fun: Callable, leaves, structure,
         except Exception:
             if final:
                 raise
-    traced = trace_function(fun, leaves, structure, has_aux, on_values=True)
+    traced = trace(on_values=True)
     return traced, run(rules, traced, leaves)
 
 
@@ -172,6 +202,7 @@ def grad(
     allow_int: bool = False,
     *,
     strict: bool = False,
+    rules: Mapping | None = None,
 ) -> Callable:
     """The gradient of a scalar-valued function, as a function of the same arguments.
 
@@ -184,6 +215,7 @@ def grad(
       holomorphic: whether `fun` is complex-differentiable; inputs and output must be complex.
       allow_int: whether integer inputs are allowed; their gradients have dtype float0.
       strict: refuse primitives without a hand-written rule instead of deriving one.
+      rules: other backward rules for this sweep, as of `vjp`.
 
     Returns:
       A function returning the gradient, or a tuple of gradients if `argnums` is a sequence.
@@ -197,7 +229,7 @@ def grad(
       >>> fb.grad(lambda x: jnp.sum(x**2))(jnp.array([1.0, 2.0]))
       Array([2., 4.], dtype=float32)
     """
-    both = value_and_grad(fun, argnums, has_aux, holomorphic, allow_int, strict=strict)
+    both = value_and_grad(fun, argnums, has_aux, holomorphic, allow_int, strict=strict, rules=rules)
 
     @functools.wraps(fun, assigned=_NAMES, updated=())
     def gradient(*args, **kwargs):
@@ -215,6 +247,7 @@ def value_and_grad(
     allow_int: bool = False,
     *,
     strict: bool = False,
+    rules: Mapping | None = None,
 ) -> Callable:
     """Like `grad`, returning ``(value, gradient)``, or ``((value, aux), gradient)``.
 
@@ -263,7 +296,9 @@ def value_and_grad(
         for path, leaf in tree_flatten_with_path(primals)[0]:
             _check_input(leaf, f"{keystr(path)}", holomorphic, allow_int)
         of_chosen = functools.wraps(fun, assigned=_NAMES, updated=())(of_chosen)
-        value, pullback, *aux = vjp(of_chosen, *primals, has_aux=has_aux, strict=strict)
+        value, pullback, *aux = vjp(
+            of_chosen, *primals, has_aux=has_aux, strict=strict, rules=rules
+        )
         _check_output(value, holomorphic)
         gradients = pullback(lax.full_like(as_array(value), 1))
         return ((value, *aux) if has_aux else value), (gradients if several else gradients[0])

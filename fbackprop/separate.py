@@ -261,7 +261,8 @@ class Separation(_Weights):
         fits = STRUCTURED.get(eqn.primitive.name)
         if fits is None or len(found) != 1 or not fits(eqn, found[0]):
             return None
-        return found[0]
+        # A rule of one's own may have its own idea of the weight's gradient.
+        return found[0] if eqn.rule is None or eqn.rule.leaves(eqn, found[0]) else None
 
     # --- first part
 
@@ -584,7 +585,7 @@ def _inner_of(eqn: Equation, rules, moving: frozenset, given: set) -> _Inner | N
     """The separation of an equation that holds programs in which parameters meet data."""
     mine = tuple(isinstance(v, Var) and v in moving and v not in given for v in eqn.inputs)
     theirs = tuple(isinstance(v, Var) and v in given for v in eqn.inputs)
-    if not any(mine) or not any(theirs):
+    if not any(mine) or not any(theirs) or eqn.rule is not None:
         return None
     kind = _KINDS.get(eqn.primitive.name)
     return kind(eqn, rules, mine, theirs) if kind else None

@@ -190,7 +190,7 @@ def fit(ct, aval, eqn: Equation):
             ct = lax.expand_dims(lax.reduce_sum(ct, axes), axes)
     if np.shape(ct) != wanted.shape or jax.dtypes.result_type(ct) != wanted.dtype:
         raise TypeError(
-            f"the rule of '{eqn.primitive}' returned a cotangent of type "
+            f"the rule of '{eqn.label}' returned a cotangent of type "
             f"{type_of(ct).str_short()} for an operand of type {wanted.str_short()} (called at "
             f"{eqn.source}): a cotangent has the shape and dtype of its operand"
         )
@@ -226,7 +226,7 @@ class Rules:
           MissingRule: when strict and the primitive has no hand-written rule.
         """
         rule = LINEAR.get(eqn.primitive) if self.linear else None
-        rule = rule or TABLE.get(eqn.primitive)
+        rule = rule or written_rule(eqn)
         if rule is not None:
             return rule
         if self.strict and any(is_inexact(aval) for aval in eqn.out_avals):
@@ -244,6 +244,11 @@ LINEAR: dict[Primitive, Rule] = {}  # rows that differ where what is swept is li
 # The rules for all others, put here by `fbackprop.rules.derived`.
 DERIVED: list[Rule] = []
 TRANSPOSED: list[Rule] = []
+
+
+def written_rule(eqn: Equation) -> Rule | None:
+    """The hand-written rule of an equation: its own, or that of its primitive."""
+    return eqn.rule or TABLE.get(eqn.primitive)
 
 
 def register(key: str | Primitive, rule: Rule) -> Rule:

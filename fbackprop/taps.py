@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 from jax import lax
 
+from fbackprop.bodies import checkpoint_body, scan_body
 from fbackprop.program import (
     TAP,
     Equation,
@@ -36,7 +37,7 @@ from fbackprop.program import (
 )
 from fbackprop.rules.calls import Cond, Inline, Remat
 from fbackprop.rules.loops import Scan
-from fbackprop.table import TABLE, MissingRule, Rules
+from fbackprop.table import MissingRule, Rules, written_rule
 
 Mask = tuple[bool, ...]
 Where = Callable[[Equation], bool] | None
@@ -184,12 +185,12 @@ def _tapped(rules: Rules, eqn: Equation, active: Mask, where: Where):
 
 
 def _is_scan(eqn: Equation) -> bool:
-    return isinstance(TABLE.get(eqn.primitive), Scan)
+    return isinstance(written_rule(eqn), Scan)
 
 
 def _bodies(rules: Rules, eqn: Equation, active: Mask, where: Where):
     """Plans for the programs of an equation that one can look into; its active results."""
-    rule = TABLE.get(eqn.primitive)
+    rule = written_rule(eqn)
     if isinstance(rule, Inline):
         body = plan(program_of(eqn.params[rule.jaxpr]), rules, active, where)
         return (body,), body.outputs
@@ -240,44 +241,24 @@ def _arrays(values: Sequence, avals: Sequence) -> tuple:
 
 def _apply(step: Tapped, operands: Sequence, nudges: Sequence[list[Reading]]):
     """Run an equation, its bodies tapped; returns its results and what the bodies note."""
-    eqn, rule = step.eqn, TABLE.get(step.eqn.primitive)
+    eqn, rule = step.eqn, written_rule(step.eqn)
     if not step.bodies:
         return eqn.stage(*operands), ()
     jaxprs, structures = zip(*(body.traced for body in step.bodies), strict=True)
     leaves = [jax.tree.leaves(nudge) for nudge in nudges]
     with eqn.context():
         if isinstance(rule, Scan):
-            found = _scan(eqn, jaxprs[0], operands, leaves[0])
+            found = scan_body(eqn, jaxprs[0], operands, each=leaves[0])
         elif isinstance(rule, Cond):
             found = _switch(eqn, jaxprs, operands, leaves)
         elif isinstance(rule, Remat):
-            found = _checkpoint(eqn, jaxprs[0], operands, leaves[0])
+            found = checkpoint_body(eqn, jaxprs[0], [*operands, *leaves[0]])
         else:
             assert isinstance(rule, Inline)
             found = rule.run(eqn, jaxprs[0], [*operands, *leaves[0]])
     outs, rest = found[: len(eqn.outputs)], iter(found[len(eqn.outputs) :])
     notes = (jax.tree.unflatten(s, [next(rest) for _ in range(s.num_leaves)]) for s in structures)
     return outs, tuple(notes)
-
-
-def _checkpoint(eqn: Equation, jaxpr, operands: Sequence, nudges: Sequence) -> list:
-    run = functools.partial(evaluate, program_of(jaxpr))
-    options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
-    return jax.checkpoint(lambda *values: run(values), **options)(*operands, *nudges)
-
-
-def _scan(eqn: Equation, jaxpr, operands: Sequence, nudges: Sequence) -> list:
-    n_consts, n_carry = scan_counts(eqn.params)
-    n = n_consts + n_carry
-    consts, carry, xs = operands[:n_consts], operands[n_consts:n], operands[n:]
-
-    def step(carry, xs):
-        found = evaluate(program_of(jaxpr), [*consts, *carry, *xs])
-        return tuple(found[:n_carry]), tuple(found[n_carry:])
-
-    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    last, stacked = lax.scan(step, tuple(carry), (*xs, *nudges), **options)
-    return [*last, *stacked]
 
 
 def _switch(eqn: Equation, jaxprs: Sequence, operands: Sequence, nudges: Sequence[list]) -> list:

@@ -80,7 +80,7 @@ def origins(program: Program, rules: Rules, moving: tuple[bool, ...]):
         if not found:
             continue
         behind = frozenset().union(*(origin.leaves for origin in found))
-        layout = LAYOUTS.get(eqn.primitive.name)
+        layout = LAYOUTS.get(eqn.primitive.name) if eqn.rule is None else None
         views: Any = None
         if layout and found[0].view is not None and isinstance(eqn.inputs[0], Var):
             views = layout(found[0].view, eqn.params)

@@ -1,0 +1,417 @@
+"""Rules for one sweep: a program whose equations have other backward rules.
+
+The equations that a mapping of rules names are found, in calls, loops, branches and checkpoints
+too, and put back as equations that run as before and carry their own rule
+(`fbackprop.override`). What the rules hold in arrays becomes further inputs of the program, and of
+the bodies in between; nothing else of it changes, and no sweep needs to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+
+from fbackprop.bodies import checkpoint_body, scan_body
+from fbackprop.override import Override, Stop, Template, named_by, template_of
+from fbackprop.program import (
+    Equation,
+    Literal,
+    Program,
+    Var,
+    as_array,
+    bind_changed,
+    memoized,
+    program_of,
+    read,
+    scan_counts,
+    shaped,
+    trace,
+    trace_jaxpr,
+    type_of,
+)
+from fbackprop.rules.calls import Cond, Inline, Remat
+from fbackprop.rules.loops import Scan
+from fbackprop.table import written_rule
+
+Key: TypeAlias = str | Primitive | Callable[[Equation], bool]
+DATA, PARAMETER = "data", "parameter"  # what a value depends on; on constants alone: None
+
+
+Around = tuple[tuple[str, str], ...]  # label and scope of each equation around
+
+
+class Seen(Equation):
+    """An equation as a predicate sees it.
+
+    Attributes:
+      path: the labels of the calls, loops and branchings around it, the outermost first, and its
+        own: ``("jit:mlp", "dot_general")``.
+      weights: where parameters meet data, which operands depend on the parameters (the first
+        differentiated argument) alone; elsewhere false for all.
+    """
+
+    __slots__ = ("_around", "weights")
+
+    def __init__(self, eqn: Equation, around: Around, weights: tuple[bool, ...]):
+        super().__init__(eqn.jaxpr_equation)
+        self._around, self.weights = around, weights
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        return (*(label for label, _ in self._around), self.label)
+
+    @property
+    def scope(self) -> str:
+        """The `jax.named_scope`s around it, ``outer/inner``, those of enclosing calls included."""
+        scopes = (*(scope for _, scope in self._around), super().scope)
+        return "/".join(scope for scope in scopes if scope)
+
+
+class Twinned(NamedTuple):
+    """A rule that sees beside each weight its twin: that weight, computed from other parameters.
+
+    Attributes:
+      rule: it may name `twins`, for each operand its twin, or None if it depends on data or on no
+        parameter.
+      twins: a pytree like the parameters (the first differentiated argument), of other values, such
+        as the feedback weights of feedback alignment. What the function computes from parameters
+        alone (transposes, slices, casts) is computed from these too.
+    """
+
+    rule: Callable
+    twins: Any
+
+
+class Entry(NamedTuple):
+    """One rule and what it is for; static.
+
+    Attributes:
+      key: as the user gave it.
+      template: the rule without its arrays; None to stop the cotangent.
+      names: the rule's parameters.
+    """
+
+    key: Key
+    template: Template | None
+    names: tuple[str, ...]
+
+    def matches(self, seen: Seen) -> bool:
+        if isinstance(self.key, str):
+            return self.key in (seen.primitive.name, seen.name)
+        if isinstance(self.key, Primitive):
+            return self.key is seen.primitive
+        return bool(self.key(seen))
+
+
+class Overrides:
+    """A mapping of rules, checked, its arrays apart.
+
+    Attributes:
+      entries: the static part.
+      arrays: for each entry those of its rule.
+      twins: a pytree like the parameters, or None.
+    """
+
+    def __init__(self, rules: Mapping[Key, Any]):
+        if not isinstance(rules, Mapping):
+            raise TypeError(
+                f"rules={rules!r} is not a mapping: give a dict from the name of a primitive or of "
+                "a function, or a predicate, to a rule"
+            )
+        entries: list[Entry] = []
+        self.arrays: list[list[jax.Array]] = []
+        twins: list[Any] = []
+        for key, rule in rules.items():
+            what = _checked(key)
+            if isinstance(rule, Twinned):
+                rule, others = rule
+                twins.append(others)
+            if rule is None:
+                entries.append(Entry(key, None, ()))
+                self.arrays.append([])
+                continue
+            names = named_by(rule, what)
+            template, arrays = template_of(rule)
+            entries.append(Entry(key, template, names))
+            self.arrays.append([as_array(x) for x in arrays])
+        if any(others is not twins[0] for others in twins):
+            raise ValueError("rules hold several sets of twins: give all of them the same one")
+        self.entries = tuple(entries)
+        self.twins = twins[0] if twins else None
+
+    def applied(self, program: Program, first: int, params) -> tuple[Program, list]:
+        """A program with these rules, and the arrays that it takes before its other inputs.
+
+        Args:
+          program: the function.
+          first: how many inputs come before the parameters.
+          params: the parameters; their leaves are the next inputs.
+
+        Raises:
+          ValueError: if a name matches nothing, or if the twins are not like the parameters.
+        """
+        n = len(jax.tree.leaves(params))
+        twins = self._twins_like(params)
+        states = [DATA] * first + [PARAMETER] * n
+        states += [DATA] * (len(program.inputs) - len(states))
+        twinned = [False] * len(program.inputs)
+        if twins:
+            twinned[first : first + n] = [True] * n
+        plan = _Plan(program, self.entries, tuple(states), tuple(twinned), ())
+        self._check_found(plan)
+        if not plan.used and not plan.stopped:
+            return program, []
+        arrays = [x for i in plan.used for x in self.arrays[i]]
+        extra = [*arrays, *twins]
+
+        def run(*values):
+            return plan.run(values[len(extra) :], values[: len(extra)])
+
+        return trace(run, [*map(type_of, extra), *program.in_avals]), extra
+
+    def _twins_like(self, params) -> list:
+        if self.twins is None:
+            return []
+        leaves, structure = jax.tree.flatten(self.twins)
+        expected = jax.tree.structure(params)
+        if structure != expected:
+            raise ValueError(
+                f"the twins have the structure {structure}, but the parameters {expected}: give "
+                "one twin for each parameter"
+            )
+        for (path, leaf), twin in zip(
+            jax.tree_util.tree_leaves_with_path(params), leaves, strict=True
+        ):
+            got, wanted = shaped(as_array(twin)), shaped(as_array(leaf))
+            if (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
+                raise ValueError(
+                    f"the twin of {jax.tree_util.keystr(path) or 'the parameters'} is of type "
+                    f"{got.str_short()}, but the parameter of {wanted.str_short()}"
+                )
+        return [as_array(x) for x in leaves]
+
+    def _check_found(self, plan: _Plan) -> None:
+        for i, entry in enumerate(self.entries):
+            if not callable(entry.key) and i not in plan.found:
+                known = ", ".join(sorted(plan.labels)) or "no equations"
+                raise ValueError(
+                    f"rules: nothing in the function is called {str(entry.key)!r}, among {known}; "
+                    "what is within custom_jvp and custom_vjp functions and while loops cannot be "
+                    "given a rule"
+                )
+
+
+def _checked(key) -> str:
+    """How to call a key in messages.
+
+    Raises:
+      TypeError: for what can be no key.
+    """
+    if isinstance(key, str | Primitive):
+        return repr(str(key))
+    if callable(key):
+        return getattr(key, "__name__", repr(key))
+    raise TypeError(
+        f"rules: {key!r} names no equation: give the name of a primitive or of a function, or a "
+        "predicate"
+    )
+
+
+# --- finding the equations ------------------------------------------------------------------------
+
+
+class _Step(NamedTuple):
+    """An equation that changes.
+
+    Attributes:
+      entry: which rule it gets, None for one that holds such.
+      rule: that rule, static.
+      twins: which operands' twins it takes.
+      bodies: plans for the programs that it holds.
+    """
+
+    entry: int | None
+    rule: Any
+    twins: tuple[bool, ...]
+    bodies: tuple[_Plan, ...]
+
+
+class _Plan:
+    """Which equations of a program change.
+
+    Attributes:
+      steps: for each equation a `_Step`, or None.
+      found: the entries that match something.
+      used: those with arrays or not, whose rules stand in the program, in order.
+      labels: of all equations, those of bodies included.
+    """
+
+    def __init__(self, program, entries, states, twinned, around: Around):
+        self.program, self.entries, self.twinned = program, entries, twinned
+        self.found: set[int] = set()
+        self.labels: set[str] = set()
+        self.stopped = False
+        state = dict(zip(program.inputs, states, strict=True))
+        twins = {v for v, t in zip(program.inputs, twinned, strict=True) if t}
+        self.steps: list[_Step | None] = []
+        self._doubled: set[Equation] = set()  # those that compute a twin too
+        self._traced: dict[tuple, Any] = {}
+        for eqn in program.equations:
+            of = [None if isinstance(v, Literal) else state.get(v) for v in eqn.inputs]
+            mine = tuple(isinstance(v, Var) and v in twins for v in eqn.inputs)
+            self.labels.add(eqn.label)
+            step = self._step(eqn, of, mine, around)
+            self.steps.append(step)
+            result = (
+                DATA if DATA in of or eqn.has_effects else PARAMETER if PARAMETER in of else None
+            )
+            state.update((v, result) for v in eqn.outputs)
+            if result == PARAMETER and any(mine):
+                self._doubled.add(eqn)
+                twins.update(eqn.outputs)
+        self.used = sorted(i for i in self.found if entries[i].template is not None)
+
+    def _step(self, eqn: Equation, of: list, twins, around: Around) -> _Step | None:
+        meets = DATA in of
+        weights = tuple(meets and s == PARAMETER for s in of)
+        seen = Seen(eqn, around, weights)
+        for i, entry in enumerate(self.entries):
+            if not entry.matches(seen):
+                continue
+            self.found.add(i)
+            if entry.template is None:
+                self.stopped = True
+                return _Step(i, Stop(), (), ())
+            wanted = twins if "twins" in entry.names and meets else (False,) * len(twins)
+            weights = weights[: eqn.arity]
+            return _Step(i, Override(entry.template, entry.names, weights, wanted), wanted, ())
+        bodies = self._bodies(eqn, of, twins, around)
+        for body in bodies:
+            self.found |= body.found
+            self.labels |= body.labels
+            self.stopped |= body.stopped
+        if not any(body.used or body.stopped for body in bodies):
+            return None
+        return _Step(None, None, twins, bodies)
+
+    def _bodies(self, eqn: Equation, of, twins, around: Around) -> tuple[_Plan, ...]:
+        rule = written_rule(eqn)
+        by_place = any(callable(entry.key) for entry in self.entries)
+        around = (*around, (eqn.label, eqn.scope)) if by_place else ()
+
+        def body(jaxpr, of, twins):
+            return _plan(program_of(jaxpr), self.entries, tuple(of), tuple(twins), around)
+
+        if isinstance(rule, Inline):
+            return (body(eqn.params[rule.jaxpr], of, twins),)
+        if isinstance(rule, Cond):
+            return tuple(body(jaxpr, of[1:], twins[1:]) for jaxpr in eqn.params["branches"])
+        if isinstance(rule, Scan):
+            kept = _unchanged(eqn)
+            of = [s if k else DATA for s, k in zip(of, kept, strict=True)]
+            twins = [t and k for t, k in zip(twins, kept, strict=True)]
+            return (body(eqn.params["jaxpr"], of, twins),)
+        return ()
+
+    # --- running
+
+    def run(self, values: Sequence, extra: Sequence) -> list:
+        """Trace the changed program.
+
+        Args:
+          values: its inputs.
+          extra: the arrays of the rules used, entry by entry, and the twins of inputs.
+        """
+        remaining = iter(extra)
+        arrays = {
+            i: [next(remaining) for _ in range(self.entries[i].template.n_arrays)]
+            for i in self.used
+        }
+        env = dict(self.program.constants)
+        env.update(zip(self.program.inputs, values, strict=True))
+        twins = {
+            v: next(remaining) for v, t in zip(self.program.inputs, self.twinned, strict=True) if t
+        }
+        for eqn, step in zip(self.program.equations, self.steps, strict=True):
+            operands = [read(env, v) for v in eqn.inputs]
+            others = [twins.get(v) if isinstance(v, Var) else None for v in eqn.inputs]
+            if step is None:
+                outs = eqn.stage(*operands)
+            elif step.entry is None:
+                outs = _run_bodies(eqn, step, operands, others, arrays)
+            else:
+                taken = [x for x, t in zip(others, step.twins, strict=False) if t]
+                mine = [*arrays.get(step.entry, ()), *taken]
+                outs = bind_changed(eqn, step.rule, operands, mine)
+            env.update(zip(eqn.outputs, outs, strict=True))
+            if eqn in self._doubled:
+                pairs = zip(operands, others, strict=True)
+                outs = eqn.stage(*(x if twin is None else twin for x, twin in pairs))
+                twins.update(zip(eqn.outputs, outs, strict=True))
+        return [read(env, v) for v in self.program.outputs]
+
+    def traced(self, extra: tuple):
+        """The closed jaxpr of the changed program: of its inputs and `extra` of these types."""
+        if extra not in self._traced:
+            n = len(self.program.inputs)
+            avals = [*self.program.in_avals, *extra]
+            self._traced[extra] = trace_jaxpr(lambda *xs: self.run(xs[:n], xs[n:]), avals)
+        return self._traced[extra]
+
+
+@memoized
+def _plan(program: Program, entries, states, twinned, around: Around) -> _Plan:
+    """The plan of a body, made once for each program, rules and place."""
+    return _Plan(program, entries, states, twinned, around)
+
+
+def _unchanged(eqn: Equation) -> list[bool]:
+    """Which operands of a scan are the same, or slices of the same, in every iteration."""
+    n_consts, n_carry = scan_counts(eqn.params)
+    body = program_of(eqn.params["jaxpr"])
+    carry = zip(body.inputs[n_consts : n_consts + n_carry], body.outputs, strict=False)
+    kept = [True] * n_consts + [a is b for a, b in carry]
+    return kept + [True] * (len(eqn.inputs) - len(kept))
+
+
+def _run_bodies(eqn: Equation, step: _Step, operands: list, twins: list, arrays: dict) -> list:
+    """Run an equation with changed bodies."""
+    rule, bodies = written_rule(eqn), step.bodies
+    if isinstance(rule, Cond):
+        used = sorted({i for body in bodies for i in body.used})
+        index, *operands = operands
+        taken = [x for x, t in zip(twins[1:], bodies[0].twinned, strict=True) if t]
+
+        def branch(body: _Plan):
+            def run(operands, arrays, taken):
+                extra = [*(x for i in body.used for x in arrays[i]), *taken]
+                return body.run(operands, extra)
+
+            return run
+
+        mine = {i: arrays[i] for i in used}
+        with eqn.context():
+            return list(lax.switch(index, list(map(branch, bodies)), operands, mine, taken))
+    (body,) = bodies
+    n_same = len(operands)
+    if isinstance(rule, Scan):
+        n_same = sum(scan_counts(eqn.params))
+    given = [x for x, t in zip(twins, body.twinned, strict=True) if t]
+    n_fixed = sum(body.twinned[:n_same])
+    fixed = [*(x for i in body.used for x in arrays[i]), *given[:n_fixed]]
+    each = given[n_fixed:]
+    types = [v for v, t in zip(body.program.in_avals, body.twinned, strict=True) if t]
+    n_arrays = len(fixed) - n_fixed
+    jaxpr = body.traced((*map(type_of, fixed[:n_arrays]), *types))
+    with eqn.context():
+        if isinstance(rule, Scan):
+            return scan_body(eqn, jaxpr, operands, fixed=fixed, each=each)
+        values = [*operands, *fixed]
+        if isinstance(rule, Remat):
+            return checkpoint_body(eqn, jaxpr, values)
+        assert isinstance(rule, Inline)
+        return rule.run(eqn, jaxpr, values)
