@@ -6,6 +6,7 @@
 1.0
 """
 
+from fbackprop import credit as credit
 from fbackprop import estimators as estimators
 from fbackprop import losses as losses
 from fbackprop import networks as networks
@@ -70,6 +71,11 @@ from fbackprop.record import record as record
 from fbackprop.reverse import grad as grad
 from fbackprop.reverse import value_and_grad as value_and_grad
 from fbackprop.reverse import vjp as vjp
+from fbackprop.rewrite import Anywhere as Anywhere
+from fbackprop.rewrite import Broadcast as Broadcast
+from fbackprop.rewrite import Seen as Seen
+from fbackprop.rewrite import Severed as Severed
+from fbackprop.rewrite import Twinned as Twinned
 from fbackprop.table import MissingRule as MissingRule
 from fbackprop.table import defrule as defrule
 

@@ -51,7 +51,7 @@ class Template(NamedTuple):
         return sum(x is None for x in self.fixed)
 
 
-def template_of(rule: Callable) -> tuple[Template, list]:
+def template_of(rule: Any) -> tuple[Template, list]:
     """A rule, a function or a pytree that can be called, apart from its arrays."""
     leaves, structure = jax.tree.flatten(rule)
     is_array = [isinstance(x, jax.Array | np.ndarray) for x in leaves]

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import importlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -681,24 +681,104 @@ def _run_original(*values, original, rule) -> list:
     return original.bind(*values[: len(original.inputs)])
 
 
-def _batch_original(values, axes, **params):
-    outs = jax.vmap(functools.partial(_run_original, **params), in_axes=axes)(*values)
-    return outs, (0,) * len(outs)
+# A call of a Python function, put together again from its equations.
+CALLED = Primitive("call")
+CALLED.multiple_results = True
 
 
-def _original_jvp(primals, tangents, **params):
-    pairs = zip(primals, tangents, strict=True)
-    tangents = [_no_tangent(type_of(x), False) if isinstance(t, _ZEROS) else t for x, t in pairs]
-    return jax.jvp(functools.partial(_run_original, **params), primals, tangents)
+def _run_called(*values, call_jaxpr, name) -> list:
+    return evaluate(program_of(call_jaxpr), values)
 
 
-CHANGED.def_impl(_run_original)
+def _as_it_runs(primitive: Primitive, run: Callable) -> None:
+    """Compile, map and differentiate a primitive forward like the equations that it runs."""
+
+    def batched(values, axes, **params):
+        outs = jax.vmap(functools.partial(run, **params), in_axes=axes)(*values)
+        return outs, (0,) * len(outs)
+
+    def jvp(primals, tangents, **params):
+        pairs = zip(primals, tangents, strict=True)
+        tangents = [
+            _no_tangent(type_of(x), False) if isinstance(t, _ZEROS) else t for x, t in pairs
+        ]
+        return jax.jvp(functools.partial(run, **params), tuple(primals), tuple(tangents))
+
+    primitive.def_impl(run)
+    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
+    batching.primitive_batchers[primitive] = batched
+    ad.primitive_jvps[primitive] = jvp
+
+
+_as_it_runs(CHANGED, _run_original)
+_as_it_runs(CALLED, _run_called)
 CHANGED.def_effectful_abstract_eval(
     lambda *_, original, rule: (list(original.out_avals), original.effects)
 )
-mlir.register_lowering(CHANGED, mlir.lower_fun(_run_original, multiple_results=True))
-batching.primitive_batchers[CHANGED] = _batch_original
-ad.primitive_jvps[CHANGED] = _original_jvp
+CALLED.def_effectful_abstract_eval(
+    lambda *_, call_jaxpr, name: (list(call_jaxpr.out_avals), call_jaxpr.effects)
+)
+
+
+def regrouped(program: Program, names: Collection[str]) -> Program:
+    """The same program with each call of a Python function of these names as one equation.
+
+    JAX traces through plain functions: their name is left in the traceback of each equation that
+    they made. Equations in a row that came from the same call (the same function, called from the
+    same place) are put into one. Its operands are what they read, in the order in which they do.
+    """
+    groups: list[tuple[Any, list[Equation]]] = []
+    for eqn in program.equations:
+        call = _python_call(eqn, names)
+        if groups and call is not None and groups[-1][0] == call:
+            groups[-1][1].append(eqn)
+        else:
+            groups.append((call, [eqn]))
+    if all(call is None for call, _ in groups):
+        return program
+    needed: list[set[Var]] = []  # after each group
+    later = {v for v in program.outputs if isinstance(v, Var)}
+    for _, equations in reversed(groups):
+        needed.append(set(later))
+        later |= {v for eqn in equations for v in eqn.inputs if isinstance(v, Var)}
+
+    def run(*values):
+        env = dict(program.constants)
+        env.update(zip(program.inputs, values, strict=True))
+        for (call, equations), wanted in zip(groups, reversed(needed), strict=True):
+            if call is None:
+                (eqn,) = equations
+                outs = eqn.stage(*(read(env, v) for v in eqn.inputs))
+                env.update(zip(eqn.outputs, outs, strict=True))
+                continue
+            made = [v for eqn in equations for v in eqn.outputs]
+            reads = [v for eqn in equations for v in eqn.inputs if isinstance(v, Var)]
+            inputs = list(dict.fromkeys(v for v in reads if v not in set(made)))
+            outputs = [v for v in made if v in wanted]
+            body = Program(inputs, (), equations, outputs)
+            name = call[0]
+            jaxpr = trace_jaxpr(lambda *xs, b=body: evaluate(b, xs), body.in_avals, name)
+            with equations[0].context():
+                outs = CALLED.bind(*(env[v] for v in inputs), call_jaxpr=jaxpr, name=name)
+            env.update(zip(outputs, outs, strict=True))
+        return [read(env, v) for v in program.outputs]
+
+    return trace(run, program.in_avals)
+
+
+def _python_call(eqn: Equation, names: Collection[str]):
+    """Which call of a function of these names made an equation: the name and the way there."""
+    traceback = eqn.jaxpr_equation.source_info.traceback
+    if traceback is None:
+        return None
+    codes, positions = traceback.raw_frames()
+    own = [i for i, code in enumerate(codes) if code.co_filename == __file__]
+    stop = own[0] if own else len(codes)  # the callers of this library are not of the function
+    for i in reversed(range(stop)):
+        if codes[i].co_name in names:
+            return codes[i].co_name, codes[i], tuple(codes[i + 1 :]), tuple(positions[i + 1 :])
+    return None
+
 
 _KINDS = {CHANGED: Changed, RECORDED_JVP: Recorded, RECORDED_VJP: Recorded}
 

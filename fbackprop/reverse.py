@@ -104,7 +104,8 @@ def trace_and_run(
         traced = trace_function(fun, leaves, structure, has_aux, on_values)
         if changes is None:
             return traced
-        first, *_ = jax.tree.unflatten(structure, leaves) or ((),)
+        args = jax.tree.unflatten(structure, leaves)
+        first = args[0] if args else ()
         program, arrays = changes.applied(traced.program, len(traced.constants), first)
         return traced._replace(program=program, constants=[*arrays, *traced.constants])
 

@@ -8,6 +8,7 @@ the bodies in between; nothing else of it changes, and no sweep needs to know.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,6 +19,7 @@ from jax.extend.core import Primitive
 from fbackprop.bodies import checkpoint_body, scan_body
 from fbackprop.override import Override, Stop, Template, named_by, template_of
 from fbackprop.program import (
+    TAP,
     Equation,
     Literal,
     Program,
@@ -27,6 +29,7 @@ from fbackprop.program import (
     memoized,
     program_of,
     read,
+    regrouped,
     scan_counts,
     shaped,
     trace,
@@ -37,7 +40,7 @@ from fbackprop.rules.calls import Cond, Inline, Remat
 from fbackprop.rules.loops import Scan
 from fbackprop.table import written_rule
 
-Key: TypeAlias = str | Primitive | Callable[[Equation], bool]
+Key: TypeAlias = "str | Primitive | Anywhere | Callable[[Equation], bool]"
 DATA, PARAMETER = "data", "parameter"  # what a value depends on; on constants alone: None
 
 
@@ -86,25 +89,71 @@ class Twinned(NamedTuple):
     twins: Any
 
 
+class Anywhere(NamedTuple):
+    """A key of several names, none of which has to be there.
+
+    Attributes:
+      names: of primitives, or of called functions, plain Python functions included.
+    """
+
+    names: tuple[str, ...]
+
+
+class Severed(NamedTuple):
+    """In the place of a rule: cut the result off from what follows, for direct feedback.
+
+    Its cotangent is that of the one result that is `Broadcast` after it, times the feedback.
+
+    Attributes:
+      feedback: an array, (*features, C) for a result (..., *features) and a broadcast one (..., C);
+        or a list of them, one for each time that the key matches, in order of execution.
+    """
+
+    feedback: Any
+
+
+class Broadcast(NamedTuple):
+    """In the place of a rule: send the result's cotangent to what was `Severed` before it too."""
+
+
 class Entry(NamedTuple):
     """One rule and what it is for; static.
 
     Attributes:
       key: as the user gave it.
-      template: the rule without its arrays; None to stop the cotangent.
+      kind: `Override` for a rule, `Stop`, `Severed` or `Broadcast`.
+      template: the rule, or the feedback, without its arrays.
       names: the rule's parameters.
     """
 
     key: Key
-    template: Template | None
-    names: tuple[str, ...]
+    kind: type
+    template: Template
+    names: tuple[str, ...] = ()
 
     def matches(self, seen: Seen) -> bool:
         if isinstance(self.key, str):
             return self.key in (seen.primitive.name, seen.name)
+        if isinstance(self.key, Anywhere):
+            return not {seen.primitive.name, seen.name}.isdisjoint(self.key.names)
         if isinstance(self.key, Primitive):
             return self.key is seen.primitive
         return bool(self.key(seen))
+
+
+def _entry(key, rule) -> tuple[Entry, list]:
+    """An entry and its arrays."""
+    what = _checked(key)
+    if isinstance(rule, Severed):
+        feedback = rule.feedback
+        template, arrays = template_of(feedback if isinstance(feedback, list) else [feedback])
+        return Entry(key, Severed, template), arrays
+    if rule is None or isinstance(rule, Broadcast):
+        kind = Stop if rule is None else Broadcast
+        return Entry(key, kind, template_of(())[0]), []
+    names = named_by(rule, what)
+    template, arrays = template_of(rule)
+    return Entry(key, Override, template, names), arrays
 
 
 class Overrides:
@@ -126,17 +175,11 @@ class Overrides:
         self.arrays: list[list[jax.Array]] = []
         twins: list[Any] = []
         for key, rule in rules.items():
-            what = _checked(key)
             if isinstance(rule, Twinned):
                 rule, others = rule
                 twins.append(others)
-            if rule is None:
-                entries.append(Entry(key, None, ()))
-                self.arrays.append([])
-                continue
-            names = named_by(rule, what)
-            template, arrays = template_of(rule)
-            entries.append(Entry(key, template, names))
+            entry, arrays = _entry(key, rule)
+            entries.append(entry)
             self.arrays.append([as_array(x) for x in arrays])
         if any(others is not twins[0] for others in twins):
             raise ValueError("rules hold several sets of twins: give all of them the same one")
@@ -161,11 +204,16 @@ class Overrides:
         twinned = [False] * len(program.inputs)
         if twins:
             twinned[first : first + n] = [True] * n
-        plan = _Plan(program, self.entries, tuple(states), tuple(twinned), ())
+        find = functools.partial(_Plan, program, self.entries, tuple(states), tuple(twinned), ())
+        plan = find(frozenset())
+        # Names that were not found may be of plain Python functions.
+        functions = {*self._missing(plan), *self._anywhere()} - plan.names
+        if functions:
+            plan = find(frozenset(functions))
         self._check_found(plan)
-        if not plan.used and not plan.stopped:
+        if not plan.found:
             return program, []
-        arrays = [x for i in plan.used for x in self.arrays[i]]
+        arrays = [x for i in sorted(plan.found) for x in self.arrays[i]]
         extra = [*arrays, *twins]
 
         def run(*values):
@@ -194,15 +242,27 @@ class Overrides:
                 )
         return [as_array(x) for x in leaves]
 
+    def _missing(self, plan: _Plan) -> list[str]:
+        """The names that match nothing."""
+        entries = enumerate(self.entries)
+        return [
+            str(entry.key)
+            for i, entry in entries
+            if isinstance(entry.key, str | Primitive) and i not in plan.found
+        ]
+
+    def _anywhere(self) -> set[str]:
+        keys = (entry.key for entry in self.entries if isinstance(entry.key, Anywhere))
+        return {name for key in keys for name in key.names}
+
     def _check_found(self, plan: _Plan) -> None:
-        for i, entry in enumerate(self.entries):
-            if not callable(entry.key) and i not in plan.found:
-                known = ", ".join(sorted(plan.labels)) or "no equations"
-                raise ValueError(
-                    f"rules: nothing in the function is called {str(entry.key)!r}, among {known}; "
-                    "what is within custom_jvp and custom_vjp functions and while loops cannot be "
-                    "given a rule"
-                )
+        for name in self._missing(plan):
+            known = ", ".join(sorted(plan.labels)) or "no equations"
+            raise ValueError(
+                f"rules: nothing in the function is called '{name}', among {known} and the Python "
+                "functions that it calls; what is within custom_jvp and custom_vjp functions and "
+                "while loops cannot be given a rule"
+            )
 
 
 def _checked(key) -> str:
@@ -213,6 +273,8 @@ def _checked(key) -> str:
     """
     if isinstance(key, str | Primitive):
         return repr(str(key))
+    if isinstance(key, Anywhere):
+        return " or ".join(map(repr, key.names))
     if callable(key):
         return getattr(key, "__name__", repr(key))
     raise TypeError(
@@ -229,7 +291,7 @@ class _Step(NamedTuple):
 
     Attributes:
       entry: which rule it gets, None for one that holds such.
-      rule: that rule, static.
+      rule: that rule, static, if it is one.
       twins: which operands' twins it takes.
       bodies: plans for the programs that it holds.
     """
@@ -243,18 +305,24 @@ class _Step(NamedTuple):
 class _Plan:
     """Which equations of a program change.
 
+    Args:
+      program: in which the Python `functions` of these names are put together again.
+      entries: the rules.
+      states, twinned: for each input what it depends on, and whether it has a twin.
+      around: where the program stands, if a predicate may ask.
+
     Attributes:
       steps: for each equation a `_Step`, or None.
       found: the entries that match something.
-      used: those with arrays or not, whose rules stand in the program, in order.
-      labels: of all equations, those of bodies included.
+      labels, names: of all equations, those of bodies included.
     """
 
-    def __init__(self, program, entries, states, twinned, around: Around):
-        self.program, self.entries, self.twinned = program, entries, twinned
+    def __init__(self, program, entries, states, twinned, around: Around, functions: frozenset):
+        self.program = program = regrouped(program, functions) if functions else program
+        self.entries, self.twinned, self.functions = entries, twinned, functions
         self.found: set[int] = set()
         self.labels: set[str] = set()
-        self.stopped = False
+        self.names: set[str] = set()
         state = dict(zip(program.inputs, states, strict=True))
         twins = {v for v, t in zip(program.inputs, twinned, strict=True) if t}
         self.steps: list[_Step | None] = []
@@ -264,6 +332,7 @@ class _Plan:
             of = [None if isinstance(v, Literal) else state.get(v) for v in eqn.inputs]
             mine = tuple(isinstance(v, Var) and v in twins for v in eqn.inputs)
             self.labels.add(eqn.label)
+            self.names |= {eqn.primitive.name, eqn.name}
             step = self._step(eqn, of, mine, around)
             self.steps.append(step)
             result = (
@@ -273,7 +342,6 @@ class _Plan:
             if result == PARAMETER and any(mine):
                 self._doubled.add(eqn)
                 twins.update(eqn.outputs)
-        self.used = sorted(i for i in self.found if entries[i].template is not None)
 
     def _step(self, eqn: Equation, of: list, twins, around: Around) -> _Step | None:
         meets = DATA in of
@@ -283,9 +351,8 @@ class _Plan:
             if not entry.matches(seen):
                 continue
             self.found.add(i)
-            if entry.template is None:
-                self.stopped = True
-                return _Step(i, Stop(), (), ())
+            if entry.kind is not Override:
+                return _Step(i, Stop() if entry.kind is Stop else None, (), ())
             wanted = twins if "twins" in entry.names and meets else (False,) * len(twins)
             weights = weights[: eqn.arity]
             return _Step(i, Override(entry.template, entry.names, weights, wanted), wanted, ())
@@ -293,8 +360,8 @@ class _Plan:
         for body in bodies:
             self.found |= body.found
             self.labels |= body.labels
-            self.stopped |= body.stopped
-        if not any(body.used or body.stopped for body in bodies):
+            self.names |= body.names
+        if not any(body.found for body in bodies):
             return None
         return _Step(None, None, twins, bodies)
 
@@ -304,7 +371,9 @@ class _Plan:
         around = (*around, (eqn.label, eqn.scope)) if by_place else ()
 
         def body(jaxpr, of, twins):
-            return _plan(program_of(jaxpr), self.entries, tuple(of), tuple(twins), around)
+            return _plan(
+                program_of(jaxpr), self.entries, tuple(of), tuple(twins), around, self.functions
+            )
 
         if isinstance(rule, Inline):
             return (body(eqn.params[rule.jaxpr], of, twins),)
@@ -324,18 +393,19 @@ class _Plan:
 
         Args:
           values: its inputs.
-          extra: the arrays of the rules used, entry by entry, and the twins of inputs.
+          extra: the arrays of the rules found, entry by entry, and the twins of inputs.
         """
         remaining = iter(extra)
         arrays = {
             i: [next(remaining) for _ in range(self.entries[i].template.n_arrays)]
-            for i in self.used
+            for i in sorted(self.found)
         }
         env = dict(self.program.constants)
         env.update(zip(self.program.inputs, values, strict=True))
         twins = {
             v: next(remaining) for v, t in zip(self.program.inputs, self.twinned, strict=True) if t
         }
+        direct = _Direct([], {})
         for eqn, step in zip(self.program.equations, self.steps, strict=True):
             operands = [read(env, v) for v in eqn.inputs]
             others = [twins.get(v) if isinstance(v, Var) else None for v in eqn.inputs]
@@ -343,15 +413,18 @@ class _Plan:
                 outs = eqn.stage(*operands)
             elif step.entry is None:
                 outs = _run_bodies(eqn, step, operands, others, arrays)
+            elif step.rule is None:
+                outs = direct.run(eqn, operands, self.entries[step.entry], arrays[step.entry])
             else:
                 taken = [x for x, t in zip(others, step.twins, strict=False) if t]
-                mine = [*arrays.get(step.entry, ()), *taken]
+                mine = [*arrays[step.entry], *taken]
                 outs = bind_changed(eqn, step.rule, operands, mine)
             env.update(zip(eqn.outputs, outs, strict=True))
             if eqn in self._doubled:
                 pairs = zip(operands, others, strict=True)
                 outs = eqn.stage(*(x if twin is None else twin for x, twin in pairs))
                 twins.update(zip(eqn.outputs, outs, strict=True))
+        direct.check_sent()
         return [read(env, v) for v in self.program.outputs]
 
     def traced(self, extra: tuple):
@@ -363,10 +436,61 @@ class _Plan:
         return self._traced[extra]
 
 
+class _Direct(NamedTuple):
+    """What one program severs, until it is broadcast to.
+
+    Attributes:
+      waiting: labels, results and feedback.
+      counts: how often each entry matched.
+    """
+
+    waiting: list[tuple[str, Any, Any]]
+    counts: dict[Entry, int]
+
+    def run(self, eqn: Equation, operands: Sequence, entry: Entry, arrays: Sequence) -> list:
+        outs = eqn.stage(*operands)
+        if entry.kind is Broadcast:
+            outs = [self._send(eqn, outs[0]), *outs[1:]]
+            self.waiting.clear()
+            return outs
+        k = self.counts[entry] = self.counts.get(entry, 0) + 1
+        if k > len(arrays):
+            raise ValueError(
+                f"there is feedback for {len(arrays)} results of {entry.key!r}, but it matches "
+                f"again at {eqn.source}: give a list of one array for each"
+            )
+        self.waiting.append((eqn.label, outs[0], arrays[k - 1]))
+        return list(map(lax.stop_gradient, outs))
+
+    def _send(self, eqn: Equation, result):
+        """The result, tapped by what sends its cotangent back through the feedback."""
+        for label, severed, feedback in self.waiting:
+            n = feedback.ndim - 1
+            lead = severed.shape[: max(0, severed.ndim - n)]
+            wanted = (*severed.shape[len(lead) :], *result.shape[len(lead) :])
+            if feedback.shape != wanted or result.shape[: len(lead)] != lead:
+                raise ValueError(
+                    f"the feedback from '{eqn.label}', of shape {result.shape}, to '{label}', of "
+                    f"shape {severed.shape}, is of shape {feedback.shape}: give (*features, C) "
+                    "for a result (..., *features) and an output (..., C)"
+                )
+            axes = tuple(range(len(lead), severed.ndim)), tuple(range(n))
+            nudge = lax.dot_general(severed, feedback.astype(severed.dtype), (axes, ((), ())))
+            result = TAP.bind(result, nudge.astype(result.dtype))
+        return result
+
+    def check_sent(self) -> None:
+        if self.waiting:
+            raise ValueError(
+                f"the error signal for '{self.waiting[0][0]}' comes from no output: name one to be "
+                "broadcast that follows it in the same function, outside loops and branches"
+            )
+
+
 @memoized
-def _plan(program: Program, entries, states, twinned, around: Around) -> _Plan:
+def _plan(program: Program, entries, states, twinned, around, functions) -> _Plan:
     """The plan of a body, made once for each program, rules and place."""
-    return _Plan(program, entries, states, twinned, around)
+    return _Plan(program, entries, states, twinned, around, functions)
 
 
 def _unchanged(eqn: Equation) -> list[bool]:
@@ -382,13 +506,13 @@ def _run_bodies(eqn: Equation, step: _Step, operands: list, twins: list, arrays:
     """Run an equation with changed bodies."""
     rule, bodies = written_rule(eqn), step.bodies
     if isinstance(rule, Cond):
-        used = sorted({i for body in bodies for i in body.used})
+        used = sorted({i for body in bodies for i in body.found})
         index, *operands = operands
         taken = [x for x, t in zip(twins[1:], bodies[0].twinned, strict=True) if t]
 
         def branch(body: _Plan):
             def run(operands, arrays, taken):
-                extra = [*(x for i in body.used for x in arrays[i]), *taken]
+                extra = [*(x for i in sorted(body.found) for x in arrays[i]), *taken]
                 return body.run(operands, extra)
 
             return run
@@ -402,7 +526,7 @@ def _run_bodies(eqn: Equation, step: _Step, operands: list, twins: list, arrays:
         n_same = sum(scan_counts(eqn.params))
     given = [x for x, t in zip(twins, body.twinned, strict=True) if t]
     n_fixed = sum(body.twinned[:n_same])
-    fixed = [*(x for i in body.used for x in arrays[i]), *given[:n_fixed]]
+    fixed = [*(x for i in sorted(body.found) for x in arrays[i]), *given[:n_fixed]]
     each = given[n_fixed:]
     types = [v for v, t in zip(body.program.in_avals, body.twinned, strict=True) if t]
     n_arrays = len(fixed) - n_fixed

@@ -10,6 +10,7 @@ from jax import lax
 from fbackprop.passes import activity, pull
 from fbackprop.plan import all_but_saved
 from fbackprop.program import (
+    CALLED,
     RECORDED_JVP,
     RECORDED_VJP,
     TAP,
@@ -294,6 +295,7 @@ register(RECORDED_JVP, RecordedJVP())
 register(RECORDED_VJP, RecordedVJP())
 register("call_hi_primitive", ClassPrimitive())
 register("jit", Jit())
+register(CALLED, Inline())
 register("closed_call", Inline())
 register("eval_jaxpr", Inline())
 register("compute_on", Annotated())
