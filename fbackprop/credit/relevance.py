@@ -6,7 +6,8 @@ for a value x with cotangent c, whatever is linear already deals relevance out i
 reshapings, poolings and lookups among them. What is left to change is little:
 
 - an elementwise function y = φ(x) hands its relevance on, so c becomes ``c y/x``;
-- an added constant (a bias) leaves its share to the other operand, so that nothing is lost;
+- an added constant (a bias) leaves its share to the other operand, so that nothing is lost (where
+  that is too near zero to carry it, to the layer, in proportion to magnitudes);
 - normalisers (a standard deviation, a softmax's attention) count as constants, and a product of two
   values deals to each a half;
 - and the rules for layers differ in how products with weights divide what arrives.
@@ -47,9 +48,10 @@ ELEMENTWISE = CALLS | ACTIVATIONS | frozenset(
 NORMALISERS = Anywhere(("rsqrt", "sqrt", "softmax", "_softmax"))
 PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
 TINY = 1e-9
+LARGEST = 100.0  # how much an element's cotangent may grow where a constant was added
 
 
-def epsilon(epsilon: float = 1e-6) -> dict:
+def epsilon(epsilon: float = 1e-9) -> dict:
     """LRP-ε: relevance in proportion to contributions, ``Rᵢ = Σⱼ xᵢwᵢⱼ/(zⱼ + ε sign zⱼ) Rⱼ``.
 
     Bach et al. 2015, equation 58. ε absorbs some: relevance is conserved up to about ε/|z|.
@@ -119,7 +121,8 @@ def relevance(f: Callable, x, rules: Mapping | None = None):
     zero, does not) and the rules conserve.
 
     Args:
-      f: function of `x` to a real scalar: the logit of the class to be explained, say.
+      f: function of `x` to a real scalar: the logit of the class to be explained, say. Of one
+        example: map over a batch with `vmap`.
       x: an array or a pytree of arrays.
       rules: `epsilon`, `gamma` or `alpha_beta`, or of your own; by default `epsilon`.
 
@@ -231,14 +234,21 @@ def _is_elementwise(program: Program) -> bool:
 
 
 def _activation(ct, xs, out, default, active):
-    """Of the one operand that depends on the input: R_x = R_y, so c_x = c_y y/x."""
+    """All relevance to the one operand that depends on the input: R_x = R_y, so c_x = c_y y/x.
+
+    An operand near zero can carry no relevance: what it cannot, with y/x limited, is dealt to all
+    elements in proportion to their magnitude. Otherwise rounding errors would be of its size.
+    """
     if sum(active) != 1 or xs[active.index(True)].shape != out.shape:
         return ...
     x = xs[active.index(True)]
     by_default = default(ct)
     by_default = by_default if len(active) == 1 else by_default[active.index(True)]
-    safe = jnp.where(jnp.abs(x) < TINY, jnp.ones_like(x), x)
-    found = jnp.where(jnp.abs(x) < TINY, by_default, ct * out / safe)
+    is_zero = jnp.abs(x) < TINY
+    ratio = jnp.clip(out / jnp.where(is_zero, jnp.ones_like(x), x), -LARGEST, LARGEST)
+    found = jnp.where(is_zero, by_default, ct * ratio)
+    left = jnp.sum(ct * out - found * x)
+    found = found + jnp.sign(x) * _ratio(left, jnp.sum(jnp.abs(x)))
     return tuple(found if a else None for a in active)
 
 
