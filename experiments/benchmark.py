@@ -4,6 +4,7 @@
     python -m experiments.benchmark gradients --programs mlp lstm --repeats 200
     python -m experiments.benchmark quantities         what else a sweep gives; see there
     python -m experiments.benchmark optimizers         what a step of fb.optim costs; see there
+    python -m experiments.benchmark rules              what other backward rules cost; see there
 
 Both are measured in this one process, in alternation, and compared pair by pair: the ratio of a
 pair is little disturbed by what else the machine does. Reported are the median of the ratios and
@@ -26,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 import fbackprop as fb
-from experiments import optimizer_benchmark, quantity_benchmark
+from experiments import optimizer_benchmark, quantity_benchmark, rules_benchmark
 from experiments.command import UsageError, run, terminal
 from experiments.measuring import Ratio, alternate
 from experiments.programs import PROGRAMS, Program, build
@@ -36,7 +37,8 @@ from experiments.programs import PROGRAMS, Program, build
 class Settings:
     """Compare fbackprop with jax.value_and_grad, in one process and in alternation.
 
-    With `quantities` or `optimizers` as the first word, measure those of fb.sweep or fb.optim.
+    With `quantities`, `optimizers` or `rules` as the first word, measure those of fb.sweep or
+    fb.optim, or sweeps with other rules.
     """
 
     programs: tuple[str, ...] = tuple(PROGRAMS)
@@ -200,7 +202,11 @@ def _write(results: dict[str, dict[str, Ratio]], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark, which the first argument may name; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    named = {"quantities": quantity_benchmark.main, "optimizers": optimizer_benchmark.main}
+    named = {
+        "quantities": quantity_benchmark.main,
+        "optimizers": optimizer_benchmark.main,
+        "rules": rules_benchmark.main,
+    }
     if words and words[0] in named:
         return named[words[0]](words[1:])
     return run(Settings, script, words[1:] if words[:1] == ["gradients"] else words)

@@ -54,3 +54,12 @@ def test_gradients_of_every_program_agree(name):
 
     with jax.numpy_rank_promotion("allow"):
         assert_close(gradient(fb.grad), gradient(jax.grad), scale=100)
+
+
+def test_other_rules_beside_the_plain_sweep(tmp_path):
+    arguments = ["rules", "--programs", "lstm", "--repeats", "1", "--traces", "1"]
+    assert benchmark.main([*arguments, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "rules.json").read_text())["lstm"]
+    assert set(found) == {"default", "sensitivity", "feedback"}
+    assert found["default"]["temporary"]["median"] == 1.0
+    assert benchmark.main(["rules", "--programs", "rnn"]) == 2
