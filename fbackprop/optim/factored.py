@@ -31,6 +31,9 @@ from fbackprop.quantities import Kronecker
 # there are. Martens and Grosse (2015, section 8) take an eighth for factors, a quarter for the
 # model.
 PART, LEAST = 8, 128
+# How fast damping follows the loss. Martens and Grosse take 0.95; on the autoencoder of the
+# benchmark it fell throughout, and falling faster reached lower losses at every step.
+OMEGA = 0.9
 
 SAMPLED = Kronecker(samples=1, vectors="diagonal")
 
@@ -263,8 +266,8 @@ def _complete(state: FactoredState, make: Callable) -> FactoredState:
 
 
 def _next(damping, ratio, every):
-    """λ · ω or λ / ω with ω = 0.95 for every step since the last time (section 6.5)."""
-    omega = jnp.asarray(0.95, damping.dtype) ** every
+    """λ · ω or λ / ω with ω = `OMEGA` for every step since the last time (section 6.5)."""
+    omega = jnp.asarray(OMEGA, damping.dtype) ** every
     rule = Rule(shrink=omega, grow=1 / omega, rejected=1 / omega)
     return jnp.maximum(adapted(damping, ratio, rule), jnp.finfo(damping.dtype).eps)
 
