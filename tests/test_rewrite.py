@@ -45,7 +45,17 @@ def custom(x):
 custom.defjvp(lambda primals, tangents: (custom(*primals), tangents[0]))
 
 
-@pytest.mark.parametrize("function", [python_function, jitted, custom, jax.nn.gelu, jax.nn.softmax])
+@jax.custom_vjp
+def custom_back(x):
+    return jnp.sin(x) * x
+
+
+custom_back.defvjp(lambda x: (custom_back(x), None), lambda _, ct: (ct,))
+
+FUNCTIONS = [python_function, jitted, custom, custom_back, jax.nn.gelu, jax.nn.softmax]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("under", [lambda f: f, jax.jit, jax.checkpoint])
 def test_a_function_is_found_by_its_name(function, under):
     def f(x):
@@ -305,6 +315,46 @@ def test_a_sweep_has_the_gradients_of_its_rules(rules):
     chex.assert_trees_all_close(out["each"], each, rtol=1e-5, atol=1e-6)
     norms = sum(jnp.sum(g**2, tuple(range(1, g.ndim))) for g in each.values())
     np.testing.assert_allclose(out["norms"], norms, rtol=1e-5)
+
+
+# --- models of other libraries --------------------------------------------------------------------
+
+
+def equinox_model():
+    import equinox as eqx
+
+    return eqx.nn.MLP(3, 2, 5, 2, activation=jax.nn.relu, key=jax.random.key(0))
+
+
+def nnx_model():
+    from flax import nnx
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.first = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+            self.last = nnx.Linear(5, 2, rngs=nnx.Rngs(1))
+
+        def __call__(self, x):
+            return self.last(nnx.relu(self.first(x)))
+
+    return Model()
+
+
+@pytest.mark.parametrize("make", [equinox_model, nnx_model])
+def test_a_function_of_a_model_of_another_library_is_found_by_its_name(make):
+    model = make()
+    got = fb.grad(lambda x: jnp.sum(model(x)), rules={"relu": lambda ct: ct})(X)
+    back = jnp.ones(2)  # without its rectifiers' derivative a network goes back like a linear one
+    for w in kernels(model)[::-1]:
+        back = back @ w
+    np.testing.assert_allclose(got, back, rtol=1e-5)
+
+
+def kernels(model):
+    """Of shapes (outputs, inputs)."""
+    if hasattr(model, "layers"):
+        return [layer.weight for layer in model.layers]
+    return [model.first.kernel[...].T, model.last.kernel[...].T]
 
 
 # --- what is refused ------------------------------------------------------------------------------
