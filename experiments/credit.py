@@ -15,6 +15,7 @@ Index legend: K seeds, R records, L layers, the outputs' included.
 """
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from rich.table import Table
 import fbackprop as fb
 from experiments import command, learning_rules, report, tasks, training
 from experiments.command import UsageError
-from experiments.learning_rules import RULES, Feedback, LearningRule, Params, RuleName
+from experiments.learning_rules import RULES, Draw, Feedback, LearningRule, Params, RuleName
 from experiments.outcome import Quartiles, finite, quartiles
 from experiments.progress import ProgressDisplay
 from experiments.tasks import Task
@@ -76,9 +77,8 @@ class Settings:
 
 HIDDEN_UNITS = {"digits": (128, 64), "animals": (256, 128)}
 PASSES = {"digits": 40, "animals": 20}
-EVALUATED = (
-    2048  # examples of each part that are measured, at most: all the test examples there are
-)
+EVALUATED = 2048  # examples of each part that are measured, at most; the test parts have fewer
+TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # of accuracies in the figure
 
 
 def validate(settings: Settings) -> None:
@@ -153,7 +153,7 @@ class Record(NamedTuple):
 class Programs(NamedTuple):
     """The training with one rule as functions of one seed."""
 
-    begin: Callable[[Start], State]
+    begin: Callable[[Start, Feedback], State]
     advance: Callable[[State, Start, Parts, Any, Any], State]
     measure: Callable[[State, Start, Parts], Record]
 
@@ -162,9 +162,7 @@ def programs(rule: LearningRule, task: Task, schedule: Schedule, settings: Setti
     """The functions that train with a rule, to be mapped over seeds and compiled."""
     optimizer = optax.sgd(settings.learning_rate, MOMENTUM)
 
-    def begin(start: Start) -> State:
-        # A key of its own: feedback equal to the initial weights would be aligned at once.
-        feedback = rule.draw(task.init, jax.random.fold_in(start.key, 0))
+    def begin(start: Start, feedback: Feedback) -> State:
         return State(start.params, feedback, optimizer.init(start.params))
 
     def advance(state: State, start: Start, parts: Parts, since: Any, until: Any) -> State:
@@ -261,7 +259,8 @@ def train(
     schedule = schedule_of(settings, task)
     begin, advance, measure = programs(RULES[name], task, schedule, settings)
     starts = training.starts(task, schedule, seeds_of(settings))
-    state = jax.jit(jax.vmap(begin))(starts)
+    feedback = _drawn(RULES[name].draw, task.init, starts.key)
+    state = jax.vmap(begin)(starts, feedback)
     advance = jax.jit(jax.vmap(advance, in_axes=(0, 0, None, None, None)), donate_argnums=0)
     measure = jax.jit(jax.vmap(measure, in_axes=(0, 0, None)))
     records = []
@@ -273,6 +272,12 @@ def train(
         recorded()
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *records)
     return Outcome(name, schedule.stops, stacked, time.perf_counter() - began)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _drawn(draw: Draw, init: Callable[[jax.Array], Params], keys: jax.Array) -> Feedback:
+    """The feedback for the key of each seed; compiled once for rules that draw it the same way."""
+    return jax.vmap(lambda key: draw(init, jax.random.fold_in(key, 0)))(keys)
 
 
 def seeds_of(settings: Settings) -> list[int]:
@@ -320,10 +325,11 @@ def _content(outcome: Outcome) -> dict[str, Any]:
 def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
     """A line for each rule: accuracy at the end, angles at the start and at the end."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("rule")
+    table.add_column("rule", no_wrap=True)
     layers = outcomes[0].records.gradient.shape[-1]
     angles = [f"layer {layer}" for layer in range(1, layers + 1)]
-    for header in ("test accuracy, %", *angles, "weights to feedback", "seconds"):
+    table.add_column("test accuracy, %", justify="right", no_wrap=True)
+    for header in (*angles, "to feedback", "seconds"):
         table.add_column(header, justify="right")
     for outcome in outcomes:
         gradient, weights = outcome.curve("gradient").median, outcome.curve("weights").median
@@ -331,15 +337,15 @@ def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
             RULES[outcome.name].label,
             _percent(outcome.curve("test_accuracy")),
             *(_change(gradient[:, layer]) for layer in range(layers)),
-            ", ".join(_change(layer) for layer in weights.T if not np.isnan(layer).all()) or "–",
+            " ".join(f"{degrees:.0f}" for degrees in weights[-1] if not np.isnan(degrees)) or "–",
             f"{outcome.seconds:.1f}",
         )
     console.print(table)
     console.print(
         "Accuracy: median over seeds (quartiles). Layers: degrees between the rule's update and the"
-        " gradient, at the start → at the end. Weights to feedback: the same between the weights of"
-        f" layers 2 to {layers} and what errors go back through. Seconds: compilation, training and"
-        " measurement of all seeds.",
+        " gradient, at the start → at the end. To feedback: degrees at the end between the weights"
+        f" of layers 2 to {layers} and what errors go back through. Seconds: compilation, training"
+        " and measurement of all seeds.",
         soft_wrap=True,
     )
 
@@ -367,6 +373,7 @@ def plot(path: Path, outcomes: Sequence[Outcome]) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     hidden = outcomes[0].records.weights.shape[-1]
     looks: dict[Any, Any] = {
@@ -383,9 +390,12 @@ def plot(path: Path, outcomes: Sequence[Outcome]) -> None:
             2, 1 + hidden, figsize=(2.7 * (1 + hidden), 5.2), sharex=True, layout="constrained"
         )
         _draw(panels[0, 0], outcomes, "test_accuracy")
-        best = max(outcome.curve("test_accuracy").median.max() for outcome in outcomes)
-        # Where the rules differ; how they begin shows in the loss.
-        panels[0, 0].set(title="test accuracy", ylim=(max(0, best - 0.3), best + 0.02))
+        # On a linear axis the rules would differ least where it matters.
+        panels[0, 0].set_yscale("logit", nonpositive="clip")
+        panels[0, 0].set(title="test accuracy", ylim=_reach(outcomes))
+        panels[0, 0].yaxis.set_major_locator(FixedLocator(TICKS))
+        panels[0, 0].yaxis.set_major_formatter("{x:g}")
+        panels[0, 0].yaxis.set_minor_locator(NullLocator())
         _draw(panels[1, 0], outcomes, "train_loss")
         panels[1, 0].set(title="training loss", yscale="log", xlabel="steps")
         for layer in range(hidden):
@@ -403,6 +413,12 @@ def plot(path: Path, outcomes: Sequence[Outcome]) -> None:
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
         figure.savefig(path, dpi=200)
         plt.close(figure)
+
+
+def _reach(outcomes: Sequence[Outcome]) -> tuple[float, float]:
+    """The ends of the axis of accuracy, which has no place for 0 and 1."""
+    medians = np.concatenate([outcome.curve("test_accuracy").median for outcome in outcomes])
+    return max(0.05, float(medians.min())), min(0.998, 1 - 0.7 * (1 - float(medians.max())))
 
 
 def _draw(panel: Any, outcomes: Sequence[Outcome], quantity: str, layer: int | None = None) -> None:

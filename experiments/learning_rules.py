@@ -31,6 +31,7 @@ RuleName = Literal[
 ]
 Params: TypeAlias = Any  # of `networks.mlp`: a kernel (I, O) and a bias (O,) for each layer
 Feedback: TypeAlias = Any  # a pytree of arrays, () for rules that have none
+Draw: TypeAlias = Callable[[Callable[[jax.Array], Params], jax.Array], Feedback]
 
 HIDDEN, OUTPUT = "hidden", "output"
 
@@ -59,7 +60,7 @@ class LearningRule(NamedTuple):
     label: str
     colour: str
     rules: Callable[[Feedback, jax.Array], dict]
-    draw: Callable[[Callable[[jax.Array], Params], jax.Array], Feedback] = lambda init, key: ()
+    draw: Draw = lambda init, key: ()
     backward: Callable[[Params, Feedback], Params] | None = None
     dashes: str = "-"
     update: Callable[[Params, Feedback, Params, float], tuple[Params, Feedback]] = (
