@@ -15,6 +15,8 @@ import fbackprop as fb
 from experiments import command, credit, learning_rules
 from experiments.learning_rules import RULES, RuleName
 
+pytestmark = pytest.mark.slow  # mostly compilation
+
 
 def one_error_line(capsys):
     error = capsys.readouterr().err

@@ -102,6 +102,7 @@ def test_critical_point_of_tanh():
 # What is measured ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_error_signals_are_those_of_backpropagation():
     settings = small(width=5, depth=3, examples=2, bias=0.5)
     inputs = np.random.default_rng(0).standard_normal((2, 7)).astype(np.float32)
@@ -135,6 +136,7 @@ def test_slopes_known_in_closed_form(activation, options, exact, spread):
     assert found.slope == pytest.approx(exact, abs=slope_tolerance(settings, spread))
 
 
+@pytest.mark.slow
 def test_orthogonal_weights_keep_the_norm():
     _, (found,) = measured(activations=("linear",), initialisations=("orthogonal",), scales=())
     np.testing.assert_allclose(found.rms, found.rms[:, :1].repeat(16, 1), rtol=1e-5)
@@ -207,6 +209,7 @@ def test_images_have_a_mean_square_of_one(data, size):
     np.testing.assert_allclose(np.mean(images**2, axis=1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_table_numbers_and_figure(tmp_path, capsys):
     chosen = ["--activations", "relu", "tanh", "--initialisations", "he", "--scales", "0.5"]
     assert signals.main([*QUICK, *chosen, "--out", str(tmp_path / "run")]) == 0
@@ -224,6 +227,7 @@ def test_a_run_leaves_table_numbers_and_figure(tmp_path, capsys):
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
+@pytest.mark.slow
 def test_signals_out_of_range_are_reported_not_fatal(tmp_path, capsys):
     chosen = ["--activations", "relu", "--initialisations", "--scales", "0.001"]
     # The net inputs vanish in float32, and after some 50 layers in float64 as well.
