@@ -52,20 +52,24 @@ ORDERS = 4  # random ones that a curve is compared with
 
 
 class Model(NamedTuple):
-    """A network with rectifiers, how long to train it, and where its output layer is."""
+    """A network with rectifiers, how to train it, and the key of its output layer."""
 
     network: Network
     passes: float
+    batch_size: int
     learning_rate: float
     head: Any
 
 
 MODELS: dict[NetworkName, Callable[[], Model]] = {
-    "mlp": lambda: Model(networks.mlp((784, 128, 64, CLASSES), jax.nn.relu), 20, 2e-3, -1),
+    "mlp": lambda: Model(networks.mlp((784, 128, 64, CLASSES), jax.nn.relu), 20, 128, 2e-3, -1),
     "convnet": lambda: Model(
-        networks.convnet(SHAPE, CLASSES, channels=(8, 16, 32)), 12, 3e-3, "head"
+        networks.convnet(SHAPE, CLASSES, channels=(8, 16, 32)), 12, 128, 3e-3, "head"
     ),
-    "resnet": lambda: Model(networks.resnet(SHAPE, CLASSES, channels=(8, 16, 32)), 8, 1e-2, "head"),
+    # It averages over the image and learns more slowly: its steps are more, and smaller batches.
+    "resnet": lambda: Model(
+        networks.resnet(SHAPE, CLASSES, channels=(8, 16, 32)), 8, 32, 1e-2, "head"
+    ),
 }
 
 
@@ -77,8 +81,8 @@ class Settings:
     """What to explain; all have rectifiers, the resnet has skip connections and normalisation."""
     passes: float | None = None
     """Passes over the training part; without it, what suits the network."""
-    batch_size: int = 128
-    """Examples in a step of Adam."""
+    batch_size: int | None = None
+    """Examples in a step of Adam; without it, what suits the network."""
     animals: int = 6
     """Rows of the figure: one image for each of so many kinds of animals, those recognised."""
     pick: int = 0
@@ -113,10 +117,10 @@ def validate(settings: Settings) -> None:
     Raises:
         UsageError: a number is out of its range.
     """
-    whole = {"batch_size": 1, "animals": 1, "examples": 1, "samples": 1, "steps": 1}
-    for name, least in {**whole, "pick": 0, "seed": 0, "alpha": 1}.items():
+    counts = {"batch_size": 1, "animals": 1, "examples": 1, "samples": 1, "steps": 1}
+    for name, least in {**counts, "pick": 0, "seed": 0, "alpha": 1}.items():
         value = getattr(settings, name)
-        if not least <= value < np.inf:
+        if value is not None and not least <= value < np.inf:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least} and finite")
     for name in ("noise", "epsilon", "gamma"):
         if not 0 <= getattr(settings, name) < np.inf:
@@ -133,7 +137,7 @@ def validate(settings: Settings) -> None:
 def train(settings: Settings, model: Model, data: Dataset, console: Console) -> Params:
     """Parameters after Adam with a learning rate that falls to zero as a cosine."""
     examples = len(data.train_inputs)
-    size = min(settings.batch_size, examples)
+    size = min(settings.batch_size or model.batch_size, examples)
     steps = max(1, round((settings.passes or model.passes) * examples / size))
     optimizer = optax.adam(optax.cosine_decay_schedule(model.learning_rate, steps))
     inputs, targets = jnp.asarray(data.train_inputs), jnp.asarray(data.train_targets)
