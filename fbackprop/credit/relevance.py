@@ -48,7 +48,7 @@ ELEMENTWISE = CALLS | ACTIVATIONS | frozenset(
 NORMALISERS = Anywhere(("rsqrt", "sqrt", "softmax", "_softmax"))
 PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
 TINY = 1e-9
-LARGEST = 100.0  # how much an element's cotangent may grow where a constant was added
+LARGEST = 2.0  # how much an element's cotangent may grow where a constant was added
 
 
 def epsilon(epsilon: float = 1e-9) -> dict:
@@ -237,7 +237,7 @@ def _activation(ct, xs, out, default, active):
     """All relevance to the one operand that depends on the input: R_x = R_y, so c_x = c_y y/x.
 
     An operand near zero can carry no relevance: what it cannot, with y/x limited, is dealt to all
-    elements in proportion to their magnitude. Otherwise rounding errors would be of its size.
+    elements in proportion to their magnitude. Otherwise large relevances would have to cancel.
     """
     if sum(active) != 1 or xs[active.index(True)].shape != out.shape:
         return ...
