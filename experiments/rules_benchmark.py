@@ -6,8 +6,8 @@
 Rules of the cost of those that they replace should cost nothing. "default" replaces every product
 and every activation by itself; "sensitivity" gives activations a rule of the same arithmetic,
 written anew; "feedback" sends errors back through random weights, which are further inputs. Run
-time, memory and the time to trace, as ratios to `fb.value_and_grad` without rules, in one process and in
-alternation.
+time, memory and the time to trace, as ratios to `fb.value_and_grad` without rules, in one process
+and in alternation.
 """
 
 from __future__ import annotations
