@@ -14,15 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from fbackprop.credit.products import meets_weight
 from fbackprop.program import is_inexact, type_of
-from fbackprop.rewrite import Broadcast, Seen, Severed, Twinned
-
-PRODUCTS = ("dot_general", "conv_general_dilated")
-
-
-def meets_weight(eqn: Seen) -> bool:
-    """Whether data meets a weight here: a product of a value and of a function of parameters."""
-    return eqn.primitive.name in PRODUCTS and sum(eqn.weights) == 1
+from fbackprop.rewrite import Broadcast, Severed, Twinned
 
 
 def feedback_alignment(feedback) -> dict:

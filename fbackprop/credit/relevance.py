@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from fbackprop.credit.products import is_product
 from fbackprop.program import Program, bodies
 from fbackprop.reverse import grad
 from fbackprop.rewrite import Anywhere, Seen
@@ -46,7 +47,6 @@ ELEMENTWISE = CALLS | ACTIVATIONS | frozenset(
     """.split()
 )  # fmt: skip
 NORMALISERS = Anywhere(("rsqrt", "sqrt", "softmax", "_softmax"))
-PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
 TINY = 1e-9
 LARGEST = 2.0  # how much an element's cotangent may grow where a constant was added
 
@@ -204,7 +204,7 @@ def _rules(with_weights: Callable) -> dict:
 
     return {
         NORMALISERS: None,
-        _is(PRODUCTS): product,
+        is_product: product,
         _is({"add", "sub", "add_any"}): _sum,
         _is({"mul"}): _halves,
         _is({"div"}): _quotient,

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import Partial
 
+from fbackprop.credit.products import is_product
+
 
 def straight_through(*keys: Any, within: float | None = None) -> dict:
     """The straight-through estimator: back through a step as if it were the identity.
@@ -142,11 +144,7 @@ def quantised(*names: Any, key: jax.Array, bits: int = 8) -> dict:
     def rule(key, ct, default):
         return default(rounded(key, ct))
 
-    return dict.fromkeys(names or (_is_product,), Partial(rule, key))
-
-
-def _is_product(eqn) -> bool:
-    return eqn.primitive.name in ("dot_general", "conv_general_dilated")
+    return dict.fromkeys(names or (is_product,), Partial(rule, key))
 
 
 def _salted(key, ct):
