@@ -39,6 +39,7 @@ from experiments import attribution_methods, command, datasets, faithfulness, re
 from experiments.attribution_methods import CONTROLS, Method
 from experiments.command import ExperimentError, UsageError
 from experiments.datasets import ANIMALS, Dataset
+from experiments.looks import LOOKS
 from experiments.tasks import Params
 from fbackprop import losses, networks
 from fbackprop.networks import Network
@@ -493,8 +494,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **sharing: Any):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    looks: dict[Any, Any] = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(looks):
+    with plt.rc_context(LOOKS):
         figure, panels = plt.subplots(
             rows, columns, figsize=size, squeeze=False, layout="constrained", **sharing
         )

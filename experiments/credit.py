@@ -34,6 +34,7 @@ import fbackprop as fb
 from experiments import command, learning_rules, report, tasks, training
 from experiments.command import UsageError
 from experiments.learning_rules import RULES, Draw, Feedback, LearningRule, Params, RuleName
+from experiments.looks import LINES, LOOKS
 from experiments.outcome import Quartiles, finite, quartiles
 from experiments.progress import ProgressDisplay
 from experiments.tasks import Task
@@ -376,16 +377,7 @@ def plot(path: Path, outcomes: Sequence[Outcome]) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator
 
     hidden = outcomes[0].records.weights.shape[-1]
-    looks: dict[Any, Any] = {
-        "font.size": 8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.linewidth": 0.4,
-        "grid.alpha": 0.5,
-        "lines.linewidth": 1.2,
-    }
-    with plt.rc_context(looks):
+    with plt.rc_context(LOOKS | LINES):
         figure, panels = plt.subplots(
             2, 1 + hidden, figsize=(2.7 * (1 + hidden), 5.2), sharex=True, layout="constrained"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.looks import LINES, LOOKS
 from experiments.optimizers import OPTIMIZERS
 from experiments.outcome import Outcome, Quantity
 
@@ -67,18 +68,8 @@ def _canvas(rows: int, columns: int, height: float, **sharing: Any):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    looks: dict[Any, Any] = {
-        "font.size": 8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.linewidth": 0.4,
-        "grid.alpha": 0.5,
-        "xtick.minor.size": 0,
-        "lines.linewidth": 1.2,
-        "lines.markersize": 3,
-    }
-    with plt.rc_context(looks):
+    minor: dict[Any, Any] = {"xtick.minor.size": 0, "lines.markersize": 3}
+    with plt.rc_context(LOOKS | LINES | minor):
         size = 7.5, height * rows + 0.9
         figure, panels = plt.subplots(
             rows, columns, figsize=size, squeeze=False, layout="constrained", **sharing

@@ -102,13 +102,17 @@ def _signs_and_magnitudes(params: Params, feedback: Params) -> Params:
     return jax.tree.map(lambda w, m: jnp.sign(w) * jnp.abs(m), params, feedback)
 
 
+def _aligned(feedback: Feedback, key: jax.Array) -> dict:
+    return fb.credit.feedback_alignment(feedback)
+
+
 # Okabe and Ito's colours, which are told apart with any colour vision.
 RULES: dict[RuleName, LearningRule] = {
     "backprop": LearningRule("backpropagation", "#000000", lambda feedback, key: {}),
     "feedback-alignment": LearningRule(
         "feedback alignment",
         "#D55E00",
-        lambda feedback, key: fb.credit.feedback_alignment(feedback),
+        _aligned,
         draw=_like_weights,
         backward=lambda params, feedback: feedback,
     ),
@@ -128,7 +132,7 @@ RULES: dict[RuleName, LearningRule] = {
     "kolen-pollack": LearningRule(
         "Kolen–Pollack",
         "#0072B2",
-        lambda feedback, key: fb.credit.feedback_alignment(feedback),
+        _aligned,
         draw=_like_weights,
         backward=lambda params, feedback: feedback,
         update=fb.credit.kolen_pollack,

@@ -38,6 +38,7 @@ from rich.table import Table
 import fbackprop as fb
 from experiments import command, datasets, report
 from experiments.command import UsageError
+from experiments.looks import LOOKS
 from experiments.mean_field import Activation, MeanField, mean_field
 
 ActivationName = Literal["linear", "relu", "selu", "gelu", "tanh", "erf", "sigmoid"]
@@ -398,8 +399,7 @@ def plot(path: Path, found: Sequence[Distribution]) -> None:
     rows = list(dict.fromkeys(one.activation for one in found))
     columns = list(dict.fromkeys(one.initialisation for one in found))
     size = 1.0 + 1.75 * len(columns), 1.1 + 1.35 * len(rows)
-    looks: dict[Any, Any] = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(looks):
+    with plt.rc_context(LOOKS):
         figure, panels = plt.subplots(
             *(len(rows), len(columns)), figsize=(max(size[0], 4.5), size[1]),
             squeeze=False, sharex=True, layout="constrained",

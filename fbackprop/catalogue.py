@@ -36,6 +36,7 @@ NOTES = {
     "pure_callback": _CALLBACK,
     "ragged_all_to_all": f"accelerators alone can run it: {_AUTHORS_RULE}",
     "run_state": "JAX cannot transpose it either; use jax.new_ref",
+    "python_call": "a plain Python function that a rule of a sweep names",
     "recorded_jvp": "a custom rule that ran on values, while the function was watched",
     "recorded_vjp": "a custom rule that ran on values, while the function was watched",
     "swap": _REFERENCE,

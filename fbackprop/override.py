@@ -21,12 +21,11 @@ from fbackprop.program import (
     cotangent_aval,
     is_inexact,
     memoized,
-    scalar,
     trace_jaxpr,
     zeros,
 )
 from fbackprop.split import spread
-from fbackprop.table import NAMES, OPERANDS, STATIC, Rule, Rules, fit
+from fbackprop.table import NAMES, STATIC, Rule, Rules, ZeroRule, filled, fit, named_values
 
 OWN_NAMES = frozenset({"default", "active", "weights", "twins"})
 
@@ -81,13 +80,6 @@ def named_by(rule: Callable, what: str) -> tuple[str, ...]:
     return names
 
 
-class Stop(Rule):
-    """No derivative passes: the rule None."""
-
-    def active_outputs(self, rules, eqn, active):
-        return (False,) * len(eqn.out_avals)
-
-
 class Override(Rule):
     """The rule of one changed equation. Its operands are the equation's, its arrays, its twins.
 
@@ -135,11 +127,7 @@ class Override(Rule):
             outs, kept = default.forward(rules, original, wanted, operands)
         else:
             outs, kept = original.bind(*operands), ()
-        operands = [  # literals may be Python numbers; rules see arrays
-            v if hasattr(v, "shape") else scalar(v, aval)
-            for v, aval in zip(operands, original.in_avals, strict=True)
-        ]
-        named = _named_values(original, operands, outs)
+        named = named_values(original, operands, outs)
         return outs, (kept, [named[name] for name in self.kept_names], list(extra))
 
     def pullback(self, rules, eqn, active, kept, cts):
@@ -185,9 +173,7 @@ class _Call(NamedTuple):
         override, eqn = self.override, self.eqn
         n = override.template.n_arrays
         remaining = iter(extra[n:])
-        full = tuple(
-            zeros(aval) if ct is None else ct for ct, aval in zip(cts, eqn.out_avals, strict=True)
-        )
+        full = filled(cts, eqn)
         known = known | {
             "ct": full[0] if full else None,
             "cts": full,
@@ -226,15 +212,9 @@ class _Call(NamedTuple):
 def _default(rules, original: Equation, active) -> tuple[Rule, bool]:
     """The rule that is replaced, and whether it passes a derivative on."""
     if not any(active):
-        return Stop(), False
+        return ZeroRule(), False
     rule = rules.of(original)
     return rule, any(rule.active_outputs(rules, original, active))
-
-
-def _named_values(eqn: Equation, operands: Sequence, outs: Sequence) -> dict[str, Any]:
-    operands = operands[: eqn.arity]
-    named: dict[str, Any] = dict(zip(OPERANDS, operands, strict=False))
-    return named | {"xs": tuple(operands), "out": outs[0] if outs else None, "outs": tuple(outs)}
 
 
 @memoized
@@ -252,7 +232,7 @@ def _left_to_default(eqn: Changed, override: Override, active) -> tuple[bool, ..
         )
         cts = spread(moving, tuple(map(is_inexact, original.out_avals)))
         default = functools.partial(_zeros_of, original, active)
-        named = _named_values(original, operands, outs)
+        named = named_values(original, operands, outs)
         known = {name: named[name] for name in override.kept_names}
         found = _Call(override, original, active[:n], Rules(), default)(known, rest, cts)
         answer = tuple(x is ... for x in found)

@@ -176,15 +176,21 @@ def read(env: dict, atom):
     return atom.val if isinstance(atom, Literal) else env[atom]
 
 
-def evaluate(program: Program, values: Sequence) -> list:
-    """Run `program` on `values`, one per input; returns one value per output."""
+def interpret(program: Program, values: Sequence, apply: Callable) -> list:
+    """Run `program` on `values` with ``apply(eqn, operands)`` for the results of each equation."""
     env = dict(program.constants)
     env.update(zip(program.inputs, values, strict=True))
     for eqn, dead in zip(program.equations, program.dying(), strict=True):
-        env.update(zip(eqn.outputs, eqn.bind(*(read(env, v) for v in eqn.inputs)), strict=True))
+        outs = apply(eqn, [read(env, v) for v in eqn.inputs])
+        env.update(zip(eqn.outputs, outs, strict=True))
         for v in dead:
             env.pop(v, None)
     return [read(env, v) for v in program.outputs]
+
+
+def evaluate(program: Program, values: Sequence) -> list:
+    """Run `program` on `values`, one per input; returns one value per output."""
+    return interpret(program, values, lambda eqn, operands: eqn.bind(*operands))
 
 
 def bound(program: Program, values: Sequence) -> Program:
@@ -197,19 +203,12 @@ def bound(program: Program, values: Sequence) -> Program:
 def inlined(program: Program) -> Program:
     """The same program with the equations of its jit-ted calls in the place of the calls."""
 
-    def run(program, values):
-        env = dict(program.constants)
-        env.update(zip(program.inputs, values, strict=True))
-        for eqn in program.equations:
-            operands = [read(env, v) for v in eqn.inputs]
-            if eqn.primitive.name == "jit" and eqn.rule is None:
-                outs = run(program_of(eqn.params["jaxpr"]), operands)
-            else:
-                outs = eqn.bind(*operands)
-            env.update(zip(eqn.outputs, outs, strict=True))
-        return [read(env, v) for v in program.outputs]
+    def apply(eqn, operands):
+        if eqn.primitive.name == "jit" and eqn.rule is None:
+            return interpret(program_of(eqn.params["jaxpr"]), operands, apply)
+        return eqn.bind(*operands)
 
-    return trace(lambda *values: run(program, values), program.in_avals)
+    return trace(lambda *values: interpret(program, values, apply), program.in_avals)
 
 
 def memoized(function):
@@ -682,7 +681,7 @@ def _run_original(*values, original, rule) -> list:
 
 
 # A call of a Python function, put together again from its equations.
-CALLED = Primitive("call")
+CALLED = Primitive("python_call")
 CALLED.multiple_results = True
 
 
@@ -1027,7 +1026,8 @@ _MODULES = """
 def all_primitives() -> list[Primitive]:
     """The primitives of this JAX, and those that others gave a forward-mode rule."""
     named = _primitives_by_name()
-    return [*named.values(), *(p for p in ad.primitive_jvps if p.name not in named)]
+    own = (p for p in ad.primitive_jvps if p.name not in named)
+    return [*named.values(), *(p for p in own if p is not CHANGED)]  # that one has another's rule
 
 
 def has_forward_rule(primitive: Primitive) -> bool:

@@ -14,21 +14,21 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax import lax
-from jax.extend.core import Primitive
 
 from fbackprop.bodies import checkpoint_body, scan_body
-from fbackprop.override import Override, Stop, Template, named_by, template_of
+from fbackprop.override import Override, Template, named_by, template_of
 from fbackprop.program import (
     TAP,
     Equation,
     Literal,
+    Primitive,
     Program,
     Var,
     as_array,
     bind_changed,
+    interpret,
     memoized,
     program_of,
-    read,
     regrouped,
     scan_counts,
     shaped,
@@ -38,12 +38,10 @@ from fbackprop.program import (
 )
 from fbackprop.rules.calls import Cond, Inline, Remat
 from fbackprop.rules.loops import Scan
-from fbackprop.table import written_rule
+from fbackprop.table import ZeroRule, written_rule
 
 Key: TypeAlias = "str | Primitive | Anywhere | Callable[[Equation], bool]"
 DATA, PARAMETER = "data", "parameter"  # what a value depends on; on constants alone: None
-
-
 Around = tuple[tuple[str, str], ...]  # label and scope of each equation around
 
 
@@ -57,11 +55,15 @@ class Seen(Equation):
         differentiated argument) alone; elsewhere false for all.
     """
 
-    __slots__ = ("_around", "weights")
+    __slots__ = ("_around", "weights", "_arity")
 
     def __init__(self, eqn: Equation, around: Around, weights: tuple[bool, ...]):
         super().__init__(eqn.jaxpr_equation)
-        self._around, self.weights = around, weights
+        self._around, self.weights, self._arity = around, weights, eqn.arity
+
+    @property
+    def arity(self) -> int:
+        return self._arity
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -121,7 +123,7 @@ class Entry(NamedTuple):
 
     Attributes:
       key: as the user gave it.
-      kind: `Override` for a rule, `Stop`, `Severed` or `Broadcast`.
+      kind: `Override` for a rule, `ZeroRule` for None, `Severed` or `Broadcast`.
       template: the rule, or the feedback, without its arrays.
       names: the rule's parameters.
     """
@@ -149,7 +151,7 @@ def _entry(key, rule) -> tuple[Entry, list]:
         template, arrays = template_of(feedback if isinstance(feedback, list) else [feedback])
         return Entry(key, Severed, template), arrays
     if rule is None or isinstance(rule, Broadcast):
-        kind = Stop if rule is None else Broadcast
+        kind = ZeroRule if rule is None else Broadcast
         return Entry(key, kind, template_of(())[0]), []
     names = named_by(rule, what)
     template, arrays = template_of(rule)
@@ -352,7 +354,7 @@ class _Plan:
                 continue
             self.found.add(i)
             if entry.kind is not Override:
-                return _Step(i, Stop() if entry.kind is Stop else None, (), ())
+                return _Step(i, ZeroRule() if entry.kind is ZeroRule else None, (), ())
             wanted = twins if "twins" in entry.names and meets else (False,) * len(twins)
             weights = weights[: eqn.arity]
             return _Step(i, Override(entry.template, entry.names, weights, wanted), wanted, ())
@@ -400,14 +402,13 @@ class _Plan:
             i: [next(remaining) for _ in range(self.entries[i].template.n_arrays)]
             for i in sorted(self.found)
         }
-        env = dict(self.program.constants)
-        env.update(zip(self.program.inputs, values, strict=True))
         twins = {
             v: next(remaining) for v, t in zip(self.program.inputs, self.twinned, strict=True) if t
         }
-        direct = _Direct([], {})
-        for eqn, step in zip(self.program.equations, self.steps, strict=True):
-            operands = [read(env, v) for v in eqn.inputs]
+        direct, steps = _Direct([], {}), iter(self.steps)
+
+        def apply(eqn, operands):
+            step = next(steps)
             others = [twins.get(v) if isinstance(v, Var) else None for v in eqn.inputs]
             if step is None:
                 outs = eqn.stage(*operands)
@@ -419,13 +420,15 @@ class _Plan:
                 taken = [x for x, t in zip(others, step.twins, strict=False) if t]
                 mine = [*arrays[step.entry], *taken]
                 outs = bind_changed(eqn, step.rule, operands, mine)
-            env.update(zip(eqn.outputs, outs, strict=True))
             if eqn in self._doubled:
                 pairs = zip(operands, others, strict=True)
-                outs = eqn.stage(*(x if twin is None else twin for x, twin in pairs))
-                twins.update(zip(eqn.outputs, outs, strict=True))
+                doubled = eqn.stage(*(x if twin is None else twin for x, twin in pairs))
+                twins.update(zip(eqn.outputs, doubled, strict=True))
+            return outs
+
+        results = interpret(self.program, values, apply)
         direct.check_sent()
-        return [read(env, v) for v in self.program.outputs]
+        return results
 
     def traced(self, extra: tuple):
         """The closed jaxpr of the changed program: of its inputs and `extra` of these types."""
@@ -506,7 +509,6 @@ def _run_bodies(eqn: Equation, step: _Step, operands: list, twins: list, arrays:
     """Run an equation with changed bodies."""
     rule, bodies = written_rule(eqn), step.bodies
     if isinstance(rule, Cond):
-        used = sorted({i for body in bodies for i in body.found})
         index, *operands = operands
         taken = [x for x, t in zip(twins[1:], bodies[0].twinned, strict=True) if t]
 
@@ -517,9 +519,8 @@ def _run_bodies(eqn: Equation, step: _Step, operands: list, twins: list, arrays:
 
             return run
 
-        mine = {i: arrays[i] for i in used}
         with eqn.context():
-            return list(lax.switch(index, list(map(branch, bodies)), operands, mine, taken))
+            return list(lax.switch(index, list(map(branch, bodies)), operands, arrays, taken))
     (body,) = bodies
     n_same = len(operands)
     if isinstance(rule, Scan):

@@ -572,7 +572,7 @@ class _Scan(_Inner):
 
 
 _KINDS = {
-    "call": _Call,
+    "python_call": _Call,
     "jit": _Call,
     "closed_call": _Call,
     "eval_jaxpr": _Call,

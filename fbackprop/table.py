@@ -140,23 +140,14 @@ class LocalRule(Rule):
                 f"equation at {eqn.source} has {len(values)} operands: give one per operand"
             )
         outs = eqn.bind(*values)
-        # Literals may be Python numbers; rules see arrays.
-        values = [
-            v if hasattr(v, "shape") else scalar(v, aval)
-            for v, aval in zip(values, eqn.in_avals, strict=True)
-        ]
-        available: dict[str, Any] = dict(zip(OPERANDS, values, strict=False))
-        available |= {"xs": tuple(values), "out": outs[0] if outs else None, "outs": tuple(outs)}
+        available = named_values(eqn, values, outs)
         return outs, tuple(available[name] for name in self.kept_names(active))
 
     def pullback(self, rules, eqn, active, kept, cts):
         known = dict(zip(self.kept_names(active), kept, strict=True))
         known |= {"eqn": eqn, "rules": rules, "ct": cts[0], "arriving": tuple(cts)}
         if len(cts) > 1 or any("cts" in (names or ()) for names in self.names):
-            known["cts"] = tuple(
-                zeros(aval) if ct is None else ct
-                for ct, aval in zip(cts, eqn.out_avals, strict=True)
-            )
+            known["cts"] = filled(cts, eqn)
         results: list = [None] * len(eqn.inputs)
         for i in self._wanted(active):
             result = self.pullbacks[i](**{name: known[name] for name in self.names[i]})
@@ -173,6 +164,20 @@ class LocalRule(Rule):
             fit(ct, aval, eqn) if a and ct is not None else None
             for ct, aval, a in zip(results, eqn.in_avals, active, strict=True)
         ]
+
+
+def named_values(eqn: Equation, values: Sequence, outs: Sequence) -> dict[str, Any]:
+    """What a rule may name of the forward pass; literals, perhaps Python numbers, as arrays."""
+    pairs = zip(values, eqn.in_avals, strict=True)
+    xs = tuple(v if hasattr(v, "shape") else scalar(v, aval) for v, aval in pairs)[: eqn.arity]
+    named: dict[str, Any] = dict(zip(OPERANDS, xs, strict=False))
+    return named | {"xs": xs, "out": outs[0] if outs else None, "outs": tuple(outs)}
+
+
+def filled(cts: Sequence, eqn: Equation) -> tuple:
+    """The cotangents of an equation's results, with zeros for None."""
+    pairs = zip(cts, eqn.out_avals, strict=True)
+    return tuple(zeros(aval) if ct is None else ct for ct, aval in pairs)
 
 
 def fit(ct, aval, eqn: Equation):

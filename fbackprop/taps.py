@@ -25,10 +25,10 @@ from fbackprop.program import (
     Var,
     blank,
     evaluate,
+    interpret,
     is_inexact,
     memoized,
     program_of,
-    read,
     scalar,
     scan_counts,
     shaped,
@@ -119,18 +119,17 @@ class Plan:
 
     def run(self, values: Sequence, nudges: list[Reading]) -> tuple[list, list[Reading]]:
         """Trace the tapped program on values and nudges; returns its outputs and what is noted."""
-        env = dict(self.program.constants)
-        env.update(zip(self.program.inputs, values, strict=True))
-        remaining, notes = iter(nudges), []
-        for eqn, step in zip(self.program.equations, self.steps, strict=True):
-            operands = [read(env, v) for v in eqn.inputs]
+        steps, remaining, notes = iter(self.steps), iter(nudges), []
+
+        def apply(eqn, operands):
+            step = next(steps)
             if step is None:
-                outs = eqn.stage(*operands)
-            else:
-                outs, note = _run(step, operands, next(remaining))
-                notes.append(note)
-            env.update(zip(eqn.outputs, outs, strict=True))
-        return [read(env, v) for v in self.program.outputs], notes
+                return eqn.stage(*operands)
+            outs, note = _run(step, operands, next(remaining))
+            notes.append(note)
+            return outs
+
+        return interpret(self.program, values, apply), notes
 
     @functools.cached_property
     def traced(self):

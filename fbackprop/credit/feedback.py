@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from fbackprop.credit.products import meets_weight
-from fbackprop.program import is_inexact, type_of
 from fbackprop.rewrite import Broadcast, Severed, Twinned
 
 
@@ -159,8 +158,6 @@ def target_propagation(inverse: Callable, name: Any) -> dict:
 
     def rule(inverse, ct, xs, out):
         back = jnp.subtract(inverse(out), inverse(out - ct))
-        if not is_inexact(type_of(xs[0])):
-            return (None, *(...,) * (len(xs) - 1))
         return (back, *(...,) * (len(xs) - 1))
 
     return {name: Partial(rule, inverse)}

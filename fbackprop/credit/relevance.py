@@ -20,7 +20,6 @@ transformers: better explanations through conservative propagation".
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 
 import jax
@@ -65,7 +64,7 @@ def epsilon(epsilon: float = 1e-9) -> dict:
     if not epsilon >= 0:
         raise ValueError(f"epsilon={epsilon}: give a number that is not negative")
 
-    def rule(ct, out, default):
+    def rule(ct, xs, out, default, eqn, active):
         return default(ct * _ratio(out, out, epsilon))
 
     return _rules(rule)
@@ -198,9 +197,7 @@ def _rules(with_weights: Callable) -> dict:
     def product(ct, xs, out, default, eqn, active):
         if all(active):
             return _halves(ct, default, active)
-        known = {"ct": ct, "xs": xs, "out": out, "default": default, "eqn": eqn, "active": active}
-        wanted = inspect.signature(with_weights).parameters
-        return with_weights(**{name: known[name] for name in wanted})
+        return with_weights(ct, xs, out, default, eqn, active)
 
     return {
         NORMALISERS: None,

@@ -124,3 +124,11 @@ def test_averages_take_rules():
         lambda x: jnp.sum(jax.nn.relu(x)), -jnp.ones(3), rules=rules
     )
     np.testing.assert_allclose(got, -jnp.ones(3), rtol=1e-6)
+
+
+def test_rectifiers_are_found_where_a_function_looks_at_values():
+    def f(x):
+        return jnp.sum(jax.nn.relu(x) * jnp.array([1.0, -1.0])) * (2 if x[0] > 0 else 3)
+
+    got = fb.grad(f, rules=fb.credit.guided_backprop())(jnp.array([1.0, 1.0]))
+    np.testing.assert_array_equal(got, jnp.array([2.0, 0.0]))

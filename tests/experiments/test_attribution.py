@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from error_lines import one_error_line
 
 from experiments import attribution, attribution_methods, faithfulness
 from experiments.attribution import Examples, Settings
@@ -23,12 +24,6 @@ VALUE = 6.0
 
 def linear(x):
     return jnp.vdot(WEIGHTS, x) + BIAS
-
-
-def one_error_line(capsys):
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 # Maps ---------------------------------------------------------------------------------------------

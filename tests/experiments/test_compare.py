@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from error_lines import one_error_line
 
 from experiments import compare, figures, outcome, report, search, tasks, training
 from experiments.cost import Cost
@@ -39,12 +40,6 @@ def json_of(path):
         raise ValueError(constant)
 
     return json.loads(path.read_text(), parse_constant=refuse)
-
-
-def one_error_line(capsys):
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from error_lines import one_error_line
 
 import fbackprop as fb
 from experiments import command, credit, learning_rules
 from experiments.learning_rules import RULES, RuleName
 
 pytestmark = pytest.mark.slow  # mostly compilation
-
-
-def one_error_line(capsys):
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 # The angle ----------------------------------------------------------------------------------------

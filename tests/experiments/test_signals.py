@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from error_lines import one_error_line
 
 from experiments import signals
 from experiments.mean_field import MeanField, expectation, factor, mean_field, next_variance
@@ -49,12 +50,6 @@ def small(**options):
 def measured(**options):
     settings = small(**options)
     return settings, list(signals.measure(settings, signals.images_of(settings)))
-
-
-def one_error_line(capsys):
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 # The theory ---------------------------------------------------------------------------------------
