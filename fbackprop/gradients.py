@@ -19,17 +19,21 @@ import numpy as np
 
 from fbackprop.groups import Group, Placed, formed_dots, formed_norms, formed_squares, turned
 from fbackprop.kronecker import (
+    BiasBlock,
+    BiasRow,
     EigenBlock,
     KroneckerBlock,
+    Place,
     block_of_sites,
     block_without_activations,
     diagonal_block,
     place_of,
+    regular_place,
 )
 from fbackprop.passes import backward, forward
 from fbackprop.program import Program, evaluate, inlined, is_inexact, memoized, trace
 from fbackprop.separate import Separation
-from fbackprop.sites import form
+from fbackprop.sites import form, row_added
 from fbackprop.table import Rules
 from fbackprop.views import Origin, View, memory, origins, share
 
@@ -178,7 +182,9 @@ class Gradients:
         ]
         return self._tree(found)
 
-    def _squares_along(self, leaf: int, block: EigenBlock):
+    def _squares_along(self, leaf: int, block: EigenBlock | BiasBlock):
+        if isinstance(block, BiasBlock):
+            return None
         for group in self.groups[leaf] or ():
             view = self.source.origins[group.weight].view
             assert view is not None  # or there would be no groups
@@ -186,9 +192,9 @@ class Gradients:
                 block.layout,
                 block.place,
             ):
-                return turned(group, block.a, block.b).squares(self.counts)
-        each = self._formed[leaf] if self.groups[leaf] is None else self._each[leaf]
-        arrange = jax.vmap(jax.vmap(block.arrange))
+                return turned(group, block.a, block.b, block.bias is not None).squares(self.counts)
+        each = self._formed if self.groups[leaf] is None and block.bias is None else self._each
+        arrange = jax.vmap(jax.vmap(functools.partial(block.arrange, leaf)))
         return formed_squares(block.turn(arrange(each)), self.counts)
 
     def dots(self, other: Gradients | None = None, per_leaf: bool = False):
@@ -227,18 +233,22 @@ class Gradients:
         zero = jnp.zeros((*self.signs.shape, *other.signs.shape), self._wide(leaf))
         return sum((group.dots(same) for group, same in zip(mine, its, strict=True)), zero)
 
-    def _factors(self, leaf: int, sharing: str, vectors: str) -> tuple[KroneckerBlock, ...]:
+    def _factors(self, leaf: int, sharing: str, vectors: str) -> tuple:
         groups = self.groups[leaf]
         whole = np.empty(self._params[leaf].shape, np.int8)
         if groups is None:
             each = self._formed[leaf]
-            if vectors == "diagonal" and whole.ndim < 2:
+            if vectors != "block" and whole.ndim < 2:
                 return (diagonal_block(formed_squares(each, self.counts), whole, whole),)
             return (block_without_activations(each, whole, whole, 0, *self._counts),)
-        blocks = []
-        for members in (group.members for group in groups):
+        blocks: list = []
+        rows = {weight for weight, _ in self._biases.values()} if vectors == "joint" else ()
+        for group in groups:
+            if group.weight in rows:
+                blocks.append(BiasBlock(self._place_of(leaf, group.weight), self._wide(leaf)))
+                continue
             for swapped in (False, True):
-                placed = [p for p in members if p.swapped == swapped]
+                placed = [p for p in group.members if p.swapped == swapped]
                 if placed:
                     blocks.append(self._block(leaf, placed, sharing, vectors))
         if not blocks:  # no prediction depends on it
@@ -254,11 +264,46 @@ class Gradients:
         shares, counts = self._counts
         if placed[0].site.use is None:
             group, depth = Group(placed), self.source.depth[weight]
-            if vectors == "diagonal" and view.ndim - depth < 2:
+            if vectors != "block" and view.ndim - depth < 2:
                 squares = group.squares(self.counts)
                 return diagonal_block(squares, view, start)
             return block_without_activations(group.each(), view, start, depth, shares, counts)
-        return block_of_sites([p.site for p in placed], view, start, shares, counts, sharing)
+        sites = [p.site for p in placed]
+        _, bias = self._biases.get(weight, (None, None)) if vectors == "joint" else (None, None)
+        return block_of_sites(sites, view, start, shares, counts, sharing, bias)
+
+    def _place_of(self, leaf: int, weight: int) -> Place:
+        view = self.source.origins[weight].view
+        assert view is not None
+        return place_of(view, self.source.leaves[leaf])
+
+    @functools.cached_property
+    def _biases(self) -> dict[int, tuple[int, BiasRow]]:
+        """For groups' weights the bias that is added wherever they are used: its weight and row."""
+        groups = [group for groups in self.groups for group in groups or ()]
+        found = {group.weight: self._bias_of(group) for group in groups}
+        return {weight: bias for weight, bias in found.items() if bias is not None}
+
+    def _bias_of(self, group: Group) -> tuple[int, BiasRow] | None:
+        """The bias added to all that a group's weight gives, if it is used for nothing else."""
+        biases = [placed.site.use and placed.site.use.bias for placed in group.members]
+        weight = biases[0].weight if biases[0] else None
+        if weight is None or not all(bias and bias.weight == weight for bias in biases):
+            return None
+        origin = self.source.origins[weight]
+        if origin.view is None or len(self.source.loose[weight]) != len(biases):
+            return None
+        (leaf,) = origin.leaves
+        if [len(own.members) for own in self.groups[leaf] or () if own.weight == weight] != [1]:
+            return None
+        found = [row_added(placed.site, origin.view.size) for placed in group.members]
+        rows = [row for row in found if row is not None]
+        swapped = any(placed.swapped for placed in group.members)
+        if len(rows) < len(found) or swapped or any(not np.array_equal(rows[0], r) for r in rows):
+            return None
+        place = self._place_of(leaf, weight)
+        row = regular_place(place.indices().reshape(-1)[rows[0]], place.leaf)
+        return None if row is None else (weight, BiasRow(leaf, row))
 
     @property
     def _counts(self):

@@ -29,6 +29,7 @@ from fbackprop.sites import (
     scatter,
     turned_factor,
     wide,
+    with_one,
 )
 
 # How many numbers of formed gradients are held at a time.
@@ -169,20 +170,23 @@ class Group:
         return sum(cost_of_forming(placed.site) for placed in self.members)
 
 
-def turned(group: Group, u_a, u_b) -> Group:
+def turned(group: Group, u_a, u_b, with_bias: bool = False) -> Group:
     """The group with the gradients' axes i and o turned: U_Aᵀ gradient U_B, of axes (g, i, o).
 
     Args:
       u_a, u_b: orthonormal columns, (g, i, i) and (g, o, o); None leaves an axis as it is.
+      with_bias: whether a bias is one row more, met by an activation of 1.
     """
-    sizes = group.layout.sizes
+    g, i, o = group.layout.sizes
+    sizes = g, i + with_bias, o
     layout = Layout(sizes, sizes, ((0,), (1,), (2,)))
     members = []
     for weight, site, swapped in group.members:
         of_a, of_b = (u_b, u_a) if swapped else (u_a, u_b)
         b = site.b if of_b is None else contract("nctgo,goh->nctgh", site.b, of_b)
         own = layout if not swapped else Layout(*(_exchanged(sizes),) * 2, layout.groups)
-        members.append(Placed(weight, Site(turned_factor(site.a, of_a), b, own), swapped))
+        a = with_one(site.a) if with_bias else site.a
+        members.append(Placed(weight, Site(turned_factor(a, of_a), b, own), swapped))
     return Group(members)
 
 

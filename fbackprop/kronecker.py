@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,28 +72,73 @@ class Place(NamedTuple):
         return flat.reshape(self.leaf)
 
 
+class BiasRow(NamedTuple):
+    """A bias as the last row of the weight to whose products it is added.
+
+    Attributes:
+      leaf: which leaf of the parameters it is, or is a part of.
+      place: where (g, o) are in that leaf.
+    """
+
+    leaf: int
+    place: Place
+
+
 class Block:
     """What a block of a matrix over one parameter's elements has: where they are.
 
     Attributes:
       layout: how the weight's axes are grouped into g, i and o.
       place: where the weight is in the parameter.
+      bias: the bias that is one row more, if any: i counts it.
     """
 
     layout: Layout
     place: Place
+    bias: BiasRow | None
 
-    def arrange(self, leaf) -> jax.Array:
-        """The weight's elements in a leaf, (g, i, o)."""
-        return self.layout.arrange(self.place.take(leaf))
+    def arrange(self, leaf: int, leaves: Sequence) -> jax.Array:
+        """The elements (g, i, o) in the leaves of a tree; the weight's is number `leaf`."""
+        x = self.layout.arrange(self.place.take(leaves[leaf]))
+        if self.bias is None:
+            return x
+        row = self.bias.place.take(leaves[self.bias.leaf])
+        return jnp.concatenate([x, row[:, None]], axis=1)
 
-    def restore(self, x) -> jax.Array:
-        """A leaf with the elements (g, i, o) in the weight's places, zero elsewhere."""
-        return self.place.put(self.layout.restore(x))
+    def restore(self, leaf: int, x) -> dict[int, jax.Array]:
+        """Leaves by number with the elements (g, i, o) in their places, zero elsewhere."""
+        if self.bias is None:
+            return {leaf: self.place.put(self.layout.restore(x))}
+        return {
+            leaf: self.place.put(self.layout.restore(x[:, :-1])),
+            self.bias.leaf: self.bias.place.put(x[:, -1]),
+        }
 
     def indices(self) -> np.ndarray:
-        """The place in the flattened parameter of every (g, i, o)."""
+        """The place in the flattened parameter of every (g, i, o), a bias left out."""
         return self.layout.arrange(self.place.indices())
+
+    def indices_among(self, starts: Sequence[int], leaf: int) -> np.ndarray:
+        """The place of every (g, i, o) among all flattened leaves, which begin at `starts`."""
+        own = starts[leaf] + self.indices()
+        if self.bias is None:
+            return own
+        row = starts[self.bias.leaf] + self.bias.place.indices()
+        return np.concatenate([own, row[:, None]], axis=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BiasBlock:
+    """Stands for a bias, or a part of one, of which the block is that of the weight it is added to.
+
+    Attributes:
+      place: where it is in the parameter.
+      dtype: of the block.
+    """
+
+    place: Place = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -100,39 +146,40 @@ class Block:
 class KroneckerBlock(Block):
     """A block ``A ⊗ B`` of the Gauss-Newton matrix, for (a part of) one parameter.
 
-    The weight is seen as (g, i, o): g parts with factors of their own, i inputs and o outputs.
+    The weight is seen as (g, i, o): g parts with factors of their own, i inputs and o outputs. With
+    a bias there is one input more, the last, which is always 1.
 
     Attributes:
       a: factor of the activations, (g, i, i); or (g, i), the diagonal of one.
       b: factor of the error signals, (g, o, o).
-      layout: how the weight's axes are grouped into g, i and o.
-      place: where the weight is in the parameter.
+      layout, place, bias: as of `Block`.
     """
 
     a: Any
     b: Any
     layout: Layout = dataclasses.field(metadata={"static": True})
     place: Place = dataclasses.field(metadata={"static": True})
+    bias: BiasRow | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def matvec(self, leaf) -> jax.Array:
-        """The block times a leaf."""
-        x = self.arrange(leaf)
+    @property
+    def dtype(self):
+        return self.b.dtype
+
+    def times(self, x) -> jax.Array:
+        """The block times elements (g, i, o)."""
         x = self.a[..., None] * x if self.a.ndim == 2 else self.a @ x
-        return self.restore(x @ self.b)
+        return x @ self.b
 
     def diagonal(self) -> jax.Array:
-        """The block's diagonal, of the leaf's shape."""
+        """The diagonal, (g, i, o)."""
         a, b = diagonal_of(self.a), diagonal_of(self.b)
-        return self.restore(a[:, :, None] * b[:, None, :])
+        return a[:, :, None] * b[:, None, :]
 
     def dense(self) -> jax.Array:
-        """The block as a matrix over the flattened parameter, (P, P), zero outside this part."""
-        product = jnp.einsum("gij,gop->giojp", matrices_of(self.a), self.b)  # (g, i, o, j, p)
-        g, i, o = self.layout.sizes
-        at = self.indices().reshape(g, i * o)
-        blocks = product.reshape(g, i * o, i * o)
-        found = jnp.zeros((self.place.size,) * 2, blocks.dtype)
-        return found.at[at[:, :, None], at[:, None, :]].set(blocks)
+        """The parts as matrices, (g, i o, i o)."""
+        product = jnp.einsum("gij,gop->giojp", matrices_of(self.a), self.b)
+        g, i, o = product.shape[:3]
+        return product.reshape(g, i * o, i * o)
 
 
 @jax.tree_util.register_dataclass
@@ -144,7 +191,7 @@ class EigenBlock(Block):
       a: eigenvectors of the activations' factor, (g, i, i); None for unit vectors.
       b: those of the error signals' factor, (g, o, o).
       values: (g, i, o).
-      layout, place: as of `Block`.
+      layout, place, bias: as of `Block`.
     """
 
     a: Any
@@ -152,6 +199,11 @@ class EigenBlock(Block):
     values: Any
     layout: Layout = dataclasses.field(metadata={"static": True})
     place: Place = dataclasses.field(metadata={"static": True})
+    bias: BiasRow | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def dtype(self):
+        return self.b.dtype
 
     def turn(self, x):
         """U_Aᵀ x U_B, of (…, g, i, o)."""
@@ -165,25 +217,25 @@ class EigenBlock(Block):
             x = self.a @ x
         return x @ self.b.mT
 
-    def apply(self, function: Callable, leaf):
-        """A leaf turned, a function applied to its elements (g, i, o), and turned back."""
-        return self.restore(self.turn_back(function(self.turn(self.arrange(leaf)))))
-
-    def matvec(self, leaf):
-        return self.apply(lambda x: self.values * x, leaf)
+    def times(self, x):
+        """The block times elements (g, i, o)."""
+        return self.turn_back(self.values * self.turn(x))
 
     def diagonal(self):
+        """The diagonal, (g, i, o)."""
         a = jnp.eye(self.values.shape[1])[None] if self.a is None else self.a
-        return self.restore(a**2 @ self.values @ (self.b**2).mT)
+        return a**2 @ self.values @ (self.b**2).mT
 
     def dense(self):
-        size = self.place.size
-        basis = jnp.eye(size, dtype=self.values.dtype).reshape(size, *self.place.leaf)
-        return jax.vmap(self.matvec)(basis).reshape(size, size)
+        """The parts as matrices, (g, i o, i o)."""
+        g, i, o = self.values.shape
+        basis = jnp.eye(i * o, dtype=self.values.dtype).reshape(i * o, 1, i, o)
+        found = jax.vmap(self.times)(jnp.broadcast_to(basis, (i * o, g, i, o)))
+        return found.swapaxes(0, 1).reshape(g, i * o, i * o)
 
 
 def block_of_sites(
-    sites: Sequence[Site], view, start, shares, counts, sharing: str
+    sites: Sequence[Site], view, start, shares, counts, sharing: str, bias: BiasRow | None = None
 ) -> KroneckerBlock:
     """The block of sites that meet the same part of a weight in the same orientation.
 
@@ -193,6 +245,7 @@ def block_of_sites(
       shares: (N,), what each example counts in the mean; or one number for all.
       counts: (N, C), what each of its columns does; or one number for all.
       sharing: "expand" or "reduce".
+      bias: what is added wherever the weight is used, to be one row more.
     """
     n_places = sum(site.places for site in sites)
     into: list[Dense | OneHot] = [site.rows for site in sites]
@@ -202,7 +255,13 @@ def block_of_sites(
         out = [Dense(sum(map(_over_places, out)))]
     a = _sum([_outer(p, shares) for p in into]) / n_places
     b = _sum([_outer(q, counts) for q in out])
-    return KroneckerBlock(a, b, sites[0].layout, place_of(view, start))
+    if bias is not None:
+        # The places of a site have an activation of 1 each; in "reduce" its sum is scaled, too.
+        line = _sum([_first_moment(p, shares) for p in into])
+        line /= n_places if sharing == "expand" else n_places**0.5
+        corner = jnp.sum(jnp.broadcast_to(shares, len(sites[0].b))).astype(a.dtype)
+        a = _bordered(a, line, corner)
+    return KroneckerBlock(a, b, sites[0].layout, place_of(view, start), bias)
 
 
 def block_without_activations(each, view, start, depth: int, shares, counts) -> KroneckerBlock:
@@ -231,6 +290,15 @@ def diagonal_block(values, view: np.ndarray, start: np.ndarray) -> KroneckerBloc
     return KroneckerBlock(values.reshape(1, view.size), one, layout, place_of(view, start))
 
 
+def regular_place(indices: np.ndarray, leaf: tuple[int, ...]) -> Place | None:
+    """The place whose elements have these indices, (g, o), in a leaf; None if none has."""
+    g, o = indices.shape
+    across = int(indices[0, 1] - indices[0, 0]) if o > 1 else 1
+    down = int(indices[1, 0] - indices[0, 0]) if g > 1 else across * o
+    place = Place(int(indices[0, 0]), (g, o), (down, across), leaf)
+    return place if np.array_equal(place.indices(), indices) else None
+
+
 def matrices_of(factor):
     """A factor (g, f, f), of which the diagonal (g, f) may be given."""
     return factor if factor.ndim == 3 else jax.vmap(jnp.diag)(factor)
@@ -245,7 +313,7 @@ def _sum(outers: Sequence):
     """The sum of matrices (g, f, f) and of diagonals (g, f) of such."""
     if len({x.ndim for x in outers}) > 1:
         outers = [matrices_of(x) for x in outers]
-    return sum(outers)
+    return functools.reduce(jnp.add, outers)
 
 
 def _over_places(p: Dense | OneHot):
@@ -274,6 +342,23 @@ def _outer(p: Dense | OneHot, shares):
     sizes = dict(zip("nc", (*shares.shape, 1), strict=False))
     roots = jnp.sqrt(shares).reshape([sizes.get(axis, 1) for axis in p.axes])  # n comes before c
     return _squared(x * roots.astype(x.dtype), p)
+
+
+def _first_moment(p: Dense | OneHot, shares):
+    """Σ shares pₜ over examples and places, (g, f), of one column."""
+    assert isinstance(p, Dense)  # tables have no row for a bias
+    x = wide(p.x)
+    if jnp.ndim(shares) == 0:
+        return shares * contract(f"{p.term()}->gf", x)
+    return contract(f"{p.term()},n->gf", x, shares.astype(x.dtype))
+
+
+def _bordered(a, line, corner):
+    """Matrices (g, i, i) with one row and column more: (g, i), and a number on the diagonal."""
+    corner = jnp.broadcast_to(corner, (len(a), 1, 1))
+    top = jnp.concatenate([a, line[:, :, None]], axis=2)
+    bottom = jnp.concatenate([line[:, None], corner], axis=2)
+    return jnp.concatenate([top, bottom], axis=1)
 
 
 def _squared(x, p: Dense):

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fbackprop.biases import Bias, Sums
 from fbackprop.passes import activity
 from fbackprop.program import (
     TAP,
@@ -53,12 +54,27 @@ class Use(NamedTuple):
       weight: which weight it is.
       loops: the loops around it, the outermost first. What the use returns and the nudges it takes
         have one leading axis for each.
+      bias: the vector that is added to all of its result, if any.
     """
 
     eqn: Equation
     operand: int
     weight: int
     loops: tuple[Loop, ...] = ()
+    bias: Bias | None = None
+
+    def within(self, places: Sequence[int], loop: Callable = lambda weight: ()) -> Use:
+        """As the program around sees it.
+
+        Args:
+          places: of the weights there.
+          loop: the loop around the uses of a weight, if any.
+        """
+        bias = self.bias
+        if bias is not None:
+            bias = bias.within(places, tuple(around.stacked for around in loop(bias.weight)))
+        loops = (*loop(self.weight), *self.loops)
+        return self._replace(weight=places[self.weight], loops=loops, bias=bias)
 
     @property
     def nudge_shape(self) -> tuple[int, ...]:
@@ -196,6 +212,7 @@ class Separation(_Weights):
         for v in program.outputs:
             if self.is_param(v) or self._is_fixed(v):
                 self.enlist(v, ["returned by the model"] if self.is_param(v) else [])
+        self.uses = self._with_biases()
 
     @property
     def n_taps(self) -> int:
@@ -239,7 +256,7 @@ class Separation(_Weights):
         inner = self._inner.get(eqn)
         if inner is not None:
             places = list(map(self.enlist, inner.weights, inner.loose, inner.depth))
-            self.uses += [use._replace(weight=places[use.weight]) for use in inner.uses]
+            self.uses += [use.within(places) for use in inner.uses]
             for v in inner.changing:
                 self.enlist(v, [f"changed from step to step of a loop at {eqn.source}"])
             return
@@ -252,6 +269,19 @@ class Separation(_Weights):
             weight = self.enlist(eqn.inputs[i], described)
             if i == operand:
                 self.uses.append(Use(eqn, i, weight))
+
+    def _with_biases(self) -> list[Use]:
+        sums = Sums(self.program, self.is_param)
+
+        def with_bias(use: Use) -> Use:
+            found = None if use.loops or use.eqn not in mine else sums.bias_of(use.eqn)
+            if found is None:
+                return use
+            weight, index = found
+            return use._replace(bias=Bias(self.weights.index(weight), index))
+
+        mine = set(self._rest)
+        return [with_bias(use) for use in self.uses]
 
     def _moves(self, eqn: Equation) -> bool:
         mask = tuple(map(self.is_param, eqn.inputs))
@@ -387,9 +417,7 @@ class _Inner(_Weights):
             named = given.get(key) or (self.eqn, own[key])
             depth += sum(around.stacked for around in loop(key))
             places.append(self.enlist(named, loose, depth))
-        for use in part.uses:
-            around = (*loop(part.weights[use.weight]), *use.loops)
-            self.uses.append(use._replace(weight=places[use.weight], loops=around))
+        self.uses += [use.within(places, lambda w: loop(part.weights[w])) for use in part.uses]
         return places, own
 
     def prepare(self, operands: Sequence) -> tuple[list, dict[int, Any]]:

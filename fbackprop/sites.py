@@ -168,6 +168,13 @@ def inner_all(p: Dense | OneHot, q: Dense | OneHot):
     return contract(f"{p.term()},{other}->nctmdug", wide(p.x), wide(q.x))
 
 
+def with_one(p: Dense | OneHot) -> Dense:
+    """A factor with a 1 after each of its vectors."""
+    assert isinstance(p, Dense)  # tables have no row for a bias
+    widths = [(0, int(axis == "f")) for axis in p.axes]
+    return Dense(jnp.pad(p.x, widths, constant_values=1), p.axes)
+
+
 def turned_factor(p: Dense | OneHot, u) -> Dense | OneHot:
     """Uᵀ pₜ for orthonormal columns U (g, f, f); None leaves a factor as it is."""
     if u is None:
@@ -351,6 +358,27 @@ def site_of(use: Use, met, signals, weight_shape) -> Site:
     site = _MAKERS[use.eqn.primitive.name](use, met, signals, tuple(weight_shape))
     site.use, site.met = use, met
     return site
+
+
+def row_added(site: Site, size: int) -> np.ndarray | None:
+    """Which element of the bias is added to each (g, o) of what a site's weight gives.
+
+    Args:
+      site: of a use with a bias.
+      size: how many elements the bias has.
+
+    Returns:
+      (g, o), in which every element occurs once; None where that is not so, or not in all places.
+    """
+    use, bias = site.use, site.use.bias
+    if site.is_lookup or bias.stacked != tuple(loop.stacked for loop in use.loops):
+        return None
+    elements = bias.element_of([loop.length for loop in use.loops], size)
+    maker = _MAKERS[use.eqn.primitive.name]
+    b = maker(use, site.met, elements[None, None], site.layout.shape).b  # as error signals lie
+    g, _, o = site.layout.sizes
+    once = b.size == size and np.array_equal(np.sort(b, axis=None), np.arange(size))
+    return b.reshape(g, o) if b.shape == (1, 1, 1, g, o) and once else None
 
 
 def whole(signals) -> Site:

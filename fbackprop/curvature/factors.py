@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import block_diag
 
 from fbackprop.curvature import cholesky
 from fbackprop.curvature.base import Curvature, conjugate_gradients
 from fbackprop.curvature.space import Space
 from fbackprop.kronecker import (
+    BiasBlock,
     Block,
     EigenBlock,
     KroneckerBlock,
@@ -35,21 +36,50 @@ class _Blocks(Curvature):
     @property
     def space(self):
         """Every leaf has a block, which knows the leaf's shape."""
-        return Space.of(self._map(lambda blocks: jnp.zeros(blocks[0].place.leaf, _dtype(blocks))))
+        return Space.of(self._map(lambda blocks: jnp.zeros(blocks[0].place.leaf, blocks[0].dtype)))
 
     def _map(self, function: Callable, *trees):
         """A function of every leaf's blocks, and of the leaves of trees like the parameters."""
         return jax.tree.map(function, self.blocks, *trees, is_leaf=_is_blocks)
 
+    @property
+    def _all(self) -> list[tuple[int, Any]]:
+        """The blocks, each with the number of its leaf."""
+        leaves = jax.tree.leaves(self.blocks, is_leaf=_is_blocks)
+        each = [(k, block) for k, blocks in enumerate(leaves) for block in blocks]
+        return [(k, block) for k, block in each if not isinstance(block, BiasBlock)]
+
+    def _restored(self, parts: Sequence):
+        """Elements (g, i, o) for every block, as a tree."""
+        structure = jax.tree.structure(self.blocks, is_leaf=_is_blocks)
+        found: list = [None] * structure.num_leaves
+        for (k, block), part in zip(self._all, parts, strict=True):
+            for leaf, x in block.restore(k, part).items():
+                found[leaf] = x if found[leaf] is None else found[leaf] + x
+        return structure.unflatten(found)
+
+    def _arranged(self, tree) -> list:
+        """The elements (g, i, o) that each block is for."""
+        structure = jax.tree.structure(self.blocks, is_leaf=_is_blocks)
+        leaves = structure.flatten_up_to(tree)
+        return [block.arrange(k, leaves) for k, block in self._all]
+
     def matvec(self, tree):
-        return self._map(lambda blocks, leaf: _sum(b.matvec(leaf) for b in blocks), tree)
+        pairs = zip(self._all, self._arranged(tree), strict=True)
+        return self._restored([block.times(x) for (_, block), x in pairs])
 
     def diagonal(self):
-        return self._map(lambda blocks: _sum(block.diagonal() for block in blocks))
+        return self._restored([block.diagonal() for _, block in self._all])
 
     def dense(self):
-        leaves = jax.tree.leaves(self.blocks, is_leaf=_is_blocks)
-        return block_diag(*(_sum(block.dense() for block in blocks) for blocks in leaves))
+        sizes = self.space.sizes
+        starts, total = np.cumsum([0, *sizes]), sum(sizes)
+        found = jnp.zeros((total, total), self.space.dtype)
+        for k, block in self._all:
+            at = block.indices_among(starts, k)
+            at = at.reshape(len(at), -1)
+            found = found.at[at[:, :, None], at[:, None, :]].add(block.dense())
+        return found
 
 
 @jax.tree_util.register_dataclass
@@ -72,13 +102,16 @@ class KroneckerFactors(_Blocks):
         below n · ε of the largest count as zero: undamped, what is along them has the solution 0.
         """
 
-        def of_leaf(blocks, leaf):
+        apart = self._map(lambda blocks: blocks if _are_apart(blocks) else _zero(blocks))
+        solved = EigenFactors(KroneckerFactors(apart)._map(_eigen)).solve(tree, damping)
+
+        def of_leaf(blocks, leaf, found):
+            if _are_apart(blocks):
+                return found
             alone = KroneckerFactors(blocks)
-            if len(_clusters(blocks)) == len(blocks):
-                return EigenFactors(_eigen(blocks)).solve(leaf, damping)
             return conjugate_gradients(alone, leaf, damping, 10 * jnp.finfo(leaf.dtype).eps)
 
-        return self._map(of_leaf, tree)
+        return self._map(of_leaf, tree, solved)
 
     def merged(self) -> KroneckerFactors:
         """The same with blocks that overlap replaced by the one Kronecker product nearest to them.
@@ -128,21 +161,25 @@ class EigenFactors(_Blocks):
             total = values + jnp.asarray(damping, values.dtype)
             return jnp.where(total > 0, x / jnp.where(total > 0, total, 1), 0)
 
-        def of_leaf(blocks, leaf):
-            solved = _sum(b.apply(functools.partial(divide, b.values), leaf) for b in blocks)
-            if sum(b.values.size for b in blocks) < leaf.size:  # the rest has no curvature
-                rest = leaf - _sum(block.restore(block.arrange(leaf)) for block in blocks)
-                solved += divide(jnp.zeros(()), rest)
-            return solved.astype(leaf.dtype)
+        parts = self._arranged(tree)
+        pairs = list(zip(self._all, parts, strict=True))
+        solved = self._restored(
+            [block.turn_back(divide(block.values, block.turn(x))) for (_, block), x in pairs]
+        )
 
-        return self._map(of_leaf, tree)
+        def with_rest(blocks, leaf, found, covered):
+            if sum(math.prod(block.place.shape) for block in blocks) < leaf.size:
+                found += divide(jnp.zeros(()), leaf - covered)  # the rest has no curvature
+            return found.astype(leaf.dtype)
+
+        return self._map(with_rest, tree, solved, self._restored(parts))
 
     def with_values(self, values) -> EigenFactors:
         """The same vectors with other values, a tree of tuples of arrays (g, i, o)."""
 
         def of_leaf(blocks, values):
             return tuple(
-                dataclasses.replace(block, values=v)
+                block if isinstance(block, BiasBlock) else dataclasses.replace(block, values=v)
                 for block, v in zip(blocks, values, strict=True)
             )
 
@@ -151,15 +188,11 @@ class EigenFactors(_Blocks):
     @property
     def values(self):
         """A tree of tuples of the blocks' values."""
-        return self._map(lambda blocks: tuple(block.values for block in blocks))
+        return self._map(lambda blocks: tuple(getattr(b, "values", None) for b in blocks))
 
 
 def _is_blocks(x) -> bool:
-    return isinstance(x, tuple) and len(x) > 0 and isinstance(x[0], Block)
-
-
-def _dtype(blocks):
-    return blocks[0].b.dtype
+    return isinstance(x, tuple) and len(x) > 0 and isinstance(x[0], Block | BiasBlock)
 
 
 def _sum(leaves):
@@ -169,7 +202,9 @@ def _sum(leaves):
 # --- one block ------------------------------------------------------------------------------------
 
 
-def _inverse(block: KroneckerBlock, damping) -> KroneckerBlock:
+def _inverse(block: KroneckerBlock | BiasBlock, damping) -> KroneckerBlock | BiasBlock:
+    if isinstance(block, BiasBlock):
+        return block
     a, b = (
         cholesky.inverse(x, part) if x.ndim == 3 else _reciprocal(x, part)
         for x, part in _divided(block, damping)
@@ -200,14 +235,17 @@ def _reciprocal(diagonal, damping):
     return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
 
 
-def _eigen(blocks: Sequence[KroneckerBlock]) -> tuple[EigenBlock, ...]:
+def _eigen(blocks: Sequence[KroneckerBlock]) -> tuple[EigenBlock | BiasBlock, ...]:
     return tuple(map(_eigen_of_one, blocks))
 
 
-def _eigen_of_one(block: KroneckerBlock) -> EigenBlock:
+def _eigen_of_one(block: KroneckerBlock | BiasBlock) -> EigenBlock | BiasBlock:
+    if isinstance(block, BiasBlock):
+        return block
     a, u_a = (block.a, None) if block.a.ndim == 2 else jax.vmap(cholesky.eigen)(block.a)
     b, u_b = jax.vmap(cholesky.eigen)(block.b)
-    return EigenBlock(u_a, u_b, a[:, :, None] * b[:, None, :], block.layout, block.place)
+    values = a[:, :, None] * b[:, None, :]
+    return EigenBlock(u_a, u_b, values, block.layout, block.place, block.bias)
 
 
 # --- blocks that overlap --------------------------------------------------------------------------
@@ -219,7 +257,7 @@ def _clusters(blocks: Sequence[KroneckerBlock]) -> list[list[KroneckerBlock]]:
     if len(blocks) == 1:
         return [list(blocks)]
     for block in blocks:
-        mine, members = set(block.indices().reshape(-1).tolist()), [block]
+        mine, members = set(block.place.indices().reshape(-1).tolist()), [block]
         apart = []
         for elements, others in clusters:
             if mine.isdisjoint(elements):
@@ -228,6 +266,16 @@ def _clusters(blocks: Sequence[KroneckerBlock]) -> list[list[KroneckerBlock]]:
                 mine, members = mine | elements, others + members
         clusters = [*apart, (mine, members)]
     return [members for _, members in clusters]
+
+
+def _are_apart(blocks: Sequence[KroneckerBlock]) -> bool:
+    return len(_clusters(blocks)) == len(blocks)
+
+
+def _zero(blocks: Sequence[KroneckerBlock]) -> tuple[KroneckerBlock, ...]:
+    """A block of zeros over a whole leaf."""
+    whole = np.empty(blocks[0].place.leaf, np.int8)
+    return (diagonal_block(jnp.zeros(whole.shape, blocks[0].dtype), whole, whole),)
 
 
 def _merged(blocks: Sequence[KroneckerBlock]) -> tuple[KroneckerBlock, ...]:
@@ -277,4 +325,5 @@ def _one(blocks: list[KroneckerBlock]) -> KroneckerBlock:
 def _diagonal(blocks: list[KroneckerBlock]) -> KroneckerBlock:
     """The diagonal of a sum of blocks, as a block over the whole leaf."""
     whole = np.empty(blocks[0].place.leaf, np.int8)
-    return diagonal_block(_sum(block.diagonal() for block in blocks), whole, whole)
+    parts = [block.restore(0, block.diagonal())[0] for block in blocks]
+    return diagonal_block(_sum(parts), whole, whole)

@@ -35,7 +35,7 @@ PART, LEAST = 8, 128
 # benchmark it fell throughout, and falling faster reached lower losses at every step.
 OMEGA = 0.9
 
-SAMPLED = Kronecker(samples=1, vectors="diagonal")
+SAMPLED = Kronecker(samples=1, vectors="joint")
 
 
 class FactoredState(NamedTuple):
@@ -110,7 +110,7 @@ def kfac(
       norm_constraint: the largest −η² gᵀΔ of a step with a learning rate: longer steps are scaled
         down to it, a trust region in the model's distribution (Ba, Grosse and Martens 2017,
         section 5). None for no bound.
-      curvature: which factors; by default ``Kronecker(samples=1, vectors="diagonal")``.
+      curvature: which factors; by default ``Kronecker(samples=1, vectors="joint")``.
       seed: of the samples, where the objective has no key.
 
     Returns:
@@ -178,7 +178,7 @@ def _factored(
         check_positive(who, norm_constraint=norm_constraint)
 
     def measure(objective: Objective, key) -> KroneckerFactors:
-        return KroneckerFactors(_part(objective).sweep(key, factors=quantity)["factors"])
+        return KroneckerFactors(objective.sweep(key, factors=quantity)["factors"])
 
     def init(params):
         return FactoredState(
@@ -284,9 +284,12 @@ def _by_quadratic_model(objective: Objective, gradient, direction, velocity, dam
     operator = GaussNewton.of(_part(objective))
     pushed = [operator.pushforward(x) for x in both]
     dot = optax.tree.vdot
-    pairs = list(zip(pushed, both, strict=True))
-    rows = [[operator.between(p, q) + damping * dot(x, y) for q, y in pairs] for p, x in pairs]
-    matrix = jnp.array(rows)
+
+    def between(i, j):
+        return operator.between(pushed[i], pushed[j]) + damping * dot(both[i], both[j])
+
+    across = between(0, 1)
+    matrix = jnp.array([[between(0, 0), across], [across, between(1, 1)]])
     slope = jnp.array([dot(gradient, x) for x in both])
     weights = -_solved(matrix, slope)
     change = jax.tree.map(lambda x, y: weights[0] * x + weights[1] * y, *both)

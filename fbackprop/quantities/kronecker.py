@@ -37,7 +37,10 @@ class Kronecker(Quantity):
         2017), else how many random ones (KFAC).
       sharing: "expand" or "reduce".
       vectors: "block" for the exact block of a vector without activations, (P, P) for P elements;
-        "diagonal" for its diagonal, which costs nothing to speak of.
+        "diagonal" for its diagonal, which costs nothing to speak of; "joint" to take a bias as one
+        more row of the weight to whose products it is added, met by an activation of 1 (Martens and
+        Grosse 2015, section 2.1), and of other vectors the diagonal. The row is in the weight's
+        block; a `BiasBlock` stands in the bias's place.
       empirical: whether to use the data's labels instead, of the gradient itself.
       label: for KFAC with labels drawn by ``label(key, prediction)``, or by "model" for a loss of
         `fb.losses`; None for random combinations of the root's columns.
@@ -52,8 +55,8 @@ class Kronecker(Quantity):
     def __post_init__(self):
         if self.sharing not in ("expand", "reduce"):
             raise ValueError(f'sharing={self.sharing!r}: choose "expand" or "reduce"')
-        if self.vectors not in ("block", "diagonal"):
-            raise ValueError(f'vectors={self.vectors!r}: choose "block" or "diagonal"')
+        if self.vectors not in ("block", "diagonal", "joint"):
+            raise ValueError(f'vectors={self.vectors!r}: choose "block", "diagonal" or "joint"')
         if self.label is not None and self.samples is None:
             raise ValueError("label= draws labels: say how many with samples=")
         super().__post_init__()

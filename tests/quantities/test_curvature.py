@@ -24,7 +24,7 @@ def swept(case, key=None, **quantities):
 
 def dense(blocks):
     """A leaf's matrix: the sum of its blocks."""
-    return sum(block.dense() for block in blocks)
+    return fb.KroneckerFactors(blocks).dense()
 
 
 def normal(seed, *shape):
