@@ -96,12 +96,6 @@ class Objective:
         """The same elsewhere."""
         return dataclasses.replace(self, params=params)
 
-    def of_first(self, count: int) -> Objective:
-        """The same for the first examples of the batch alone."""
-        some = jax.tree.map(lambda x: x[:count], (self.batch, self.further, self.weights))
-        batch, further, weights = some
-        return dataclasses.replace(self, batch=batch, further=further, weights=weights)
-
     @property
     def n_examples(self) -> int:
         """N."""
