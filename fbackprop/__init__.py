@@ -39,6 +39,7 @@ from fbackprop.explain import LeafReport as LeafReport
 from fbackprop.explain import SitesReport as SitesReport
 from fbackprop.explain import explain_sites as explain_sites
 from fbackprop.gradients import Gradients as Gradients
+from fbackprop.kronecker import BiasBlock as BiasBlock
 from fbackprop.kronecker import EigenBlock as EigenBlock
 from fbackprop.kronecker import KroneckerBlock as KroneckerBlock
 from fbackprop.least_squares import LeastSquaresResult as LeastSquaresResult

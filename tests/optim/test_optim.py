@@ -101,6 +101,40 @@ def test_kfac_is_the_natural_gradient_of_a_linear_layer(make):
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def test_kfac_is_the_natural_gradient_of_a_linear_layer_with_a_bias():
+    with jax.enable_x64(True):
+        params = {"w": np.ones((3, 2)), "b": np.zeros(2)}
+        rng = np.random.default_rng(0)
+        batch = rng.normal(size=(16, 3)), rng.normal(size=(16, 2))
+
+        def model(params, x):
+            return x @ params["w"] + params["b"]
+
+        exact = fb.Kronecker(vectors="joint")
+        kfac = fb.optim.kfac(1.0, damping=1e-12, momentum=0.0, adaptive=False, curvature=exact)
+        after, _, _ = one_step(kfac, model, fb.losses.squared_error, params, batch)
+        inputs = np.concatenate([batch[0], np.ones((16, 1))], axis=1)
+        best = np.linalg.lstsq(inputs, batch[1])[0]
+        np.testing.assert_allclose(np.concatenate([after["w"], after["b"][None]]), best, atol=1e-6)
+
+
+def test_kfac_averages_over_a_number_of_examples():
+    n = 1280
+    batch = normal(3, n, 3), normal(4, n, 2)
+
+    def factors(**options):
+        optimizer = fb.optim.kfac(1e-2, every=1, **options)
+        step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
+        params = perceptron_params()
+        state = optimizer.init(params)
+        for _ in range(4):
+            params, state, _ = step(params, state, batch)
+        return ravel_pytree(state.factors)[0]
+
+    np.testing.assert_array_equal(factors(), factors(decay=0.5))  # 1 − 1280 / 2560
+    assert not np.allclose(factors(), factors(decay=0.9), rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["gauss_newton", "natural_gradient", "kfac", "ekfac"])
 def test_much_damping_gives_the_gradients_direction(name):
     params, batch = perceptron_params(), examples()
