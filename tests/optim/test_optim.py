@@ -111,7 +111,7 @@ def test_kfac_is_the_natural_gradient_of_a_linear_layer_with_a_bias():
             return x @ params["w"] + params["b"]
 
         exact = fb.Kronecker(vectors="joint")
-        kfac = fb.optim.kfac(1.0, damping=1e-12, momentum=0.0, adaptive=False, curvature=exact)
+        kfac = fb.optim.kfac(1.0, damping=1e-16, momentum=0.0, adaptive=False, curvature=exact)
         after, _, _ = one_step(kfac, model, fb.losses.squared_error, params, batch)
         inputs = np.concatenate([batch[0], np.ones((16, 1))], axis=1)
         best = np.linalg.lstsq(inputs, batch[1])[0]
