@@ -187,6 +187,15 @@ def test_what_an_optimizer_does_now_and_then_stays_a_branch(line):
     assert text.count("stablehlo.case") == 2  # this one, and whether to go on
 
 
+@pytest.fixture
+def _ctrl_c_raises():
+    """As in a terminal: a suite that a shell runs in the background is started to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_raises")
 def test_ctrl_c_ends_training_at_the_next_record(line):
     seen, rates = [], [{"learning_rate": 0.1}]
 

@@ -98,11 +98,7 @@ def check_gradients(found: dict, each) -> None:
 def dense(case: Case, factors) -> list:
     """The Kronecker product of every leaf as a matrix."""
     tuples = jax.tree.structure(case.params).flatten_up_to(factors)
-    leaves = jax.tree.leaves(case.params)
-    return [
-        sum((block.dense() for block in blocks), jnp.zeros((leaf.size, leaf.size)))
-        for blocks, leaf in zip(tuples, leaves, strict=True)
-    ]
+    return [fb.KroneckerFactors(blocks).dense() for blocks in tuples]
 
 
 def split(vector, params) -> list:
