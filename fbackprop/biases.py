@@ -8,9 +8,10 @@ and the other summand back to the vector, with the places of their elements.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,23 +20,50 @@ from fbackprop.program import Equation, Program, Var
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Bias:
+class Added:
+    """A variable that is added to an equation's result.
+
+    Attributes:
+      eqn: the equation.
+      moves: the layout operations between its result and the sum.
+      var: the variable.
+      spreads: the layout operations between it and the sum.
+    """
+
+    eqn: Equation
+    moves: Sequence[Equation]
+    var: Var
+    spreads: Sequence[Equation]
+
+    @functools.cached_property
+    def index(self) -> np.ndarray:
+        """Which element is added to each of the result's, of the result's axes.
+
+        Of length one along those on which it does not depend.
+        """
+        at = functools.reduce(_moved, self.moves, _numbered(self.eqn.outputs[0]))
+        elements = functools.reduce(_moved, self.spreads, _numbered(self.var))
+        index = np.empty(at.size, elements.dtype)
+        index[at.reshape(-1)] = np.broadcast_to(elements, at.shape).reshape(-1)
+        return _compact(index.reshape(self.eqn.out_avals[0].shape))
+
+
+class Bias(NamedTuple):
     """What is added to the result of a use of a weight.
 
     Attributes:
       weight: which weight it is.
-      index: which of its elements is added to each of the result's, of the result's axes; of
-        length one along those on which it does not depend.
+      added: how it comes to the sum.
       stacked: for each loop around, whether every iteration adds a vector of its own.
     """
 
     weight: int
-    index: np.ndarray
+    added: Added
     stacked: tuple[bool, ...] = ()
 
     def within(self, places: Sequence[int], stacked: tuple[bool, ...] = ()) -> Bias:
         """As the program around sees it."""
-        return Bias(places[self.weight], self.index, (*stacked, *self.stacked))
+        return Bias(places[self.weight], self.added, (*stacked, *self.stacked))
 
     def element_of(self, lengths: Sequence[int], size: int) -> np.ndarray:
         """The element added to each of the result's, with an axis for each loop in front.
@@ -46,7 +74,7 @@ class Bias:
         """
         lead = [n if s else 1 for n, s in zip(lengths, self.stacked, strict=True)]
         each = np.arange(size).reshape(*lead, size // math.prod(lead))
-        return each[..., self.index]
+        return each[..., self.added.index]
 
 
 class Sums:
@@ -68,57 +96,53 @@ class Sums:
                 if isinstance(v, Var):
                     self._readers.setdefault(v, []).append(eqn)
 
-    def bias_of(self, eqn: Equation) -> tuple[Var, np.ndarray] | None:
-        """The weight that is added to all of an equation's result, and the `index` of a `Bias`."""
+    def added_to(self, eqn: Equation) -> Added | None:
+        """The weight that is added to all of an equation's result, and how it comes to the sum."""
         (var,) = eqn.outputs
-        at = _numbered(var)
+        moves: list[Equation] = []
         while (reader := self._only_reader(var)) is not None and reader.primitive.name != "add":
-            moved = _moved(reader, at)
-            if moved is None or moved.size != at.size:
+            if not _is_layout(reader) or reader.out_avals[0].size != var.aval.size:
                 return None
-            at, (var,) = moved, reader.outputs
-        if reader is None or reader.rule is not None or reader.out_avals[0].shape != at.shape:
+            moves.append(reader)
+            (var,) = reader.outputs
+        if reader is None or reader.rule is not None:
+            return None
+        if reader.out_avals[0].shape != var.aval.shape:
             return None
         (other,) = (v for v in reader.inputs if v is not var)
-        found = self._elements(other)
-        if found is None:
-            return None
-        weight, elements = found
-        index = np.empty(at.size, elements.dtype)
-        index[at.reshape(-1)] = np.broadcast_to(elements, at.shape).reshape(-1)
-        return weight, _compact(index.reshape(eqn.out_avals[0].shape))
+        spreads: list[Equation] = []
+        while not self._is_param(other):
+            maker = self._makers.get(other) if isinstance(other, Var) else None
+            if maker is None or not _is_layout(maker):
+                return None
+            spreads.insert(0, maker)
+            other = maker.inputs[0]
+        return Added(eqn, moves, other, spreads)
 
     def _only_reader(self, var) -> Equation | None:
         readers = self._readers.get(var, [])
         return readers[0] if len(readers) == 1 and var not in self._outputs else None
-
-    def _elements(self, var) -> tuple[Var, np.ndarray] | None:
-        """The weight that a variable spreads, and the place of each of its elements in it."""
-        if self._is_param(var):
-            return var, _numbered(var)
-        if not isinstance(var, Var) or var not in self._makers:
-            return None
-        maker = self._makers[var]
-        found = self._elements(maker.inputs[0]) if len(maker.inputs) == 1 else None
-        moved = None if found is None else _moved(maker, found[1])
-        return None if found is None or moved is None else (found[0], moved)
 
 
 def _numbered(var: Var) -> np.ndarray:
     return np.arange(var.aval.size, dtype=np.int32).reshape(var.aval.shape)
 
 
-def _moved(eqn: Equation, array) -> np.ndarray | None:
-    """What a layout operation, or a broadcast, makes of an array; None for other equations."""
-    name, params = eqn.primitive.name, eqn.params
-    if eqn.rule is not None or name not in LAYOUTS or name == "split":
-        return None
-    if name == "broadcast_in_dim":
+def _is_layout(eqn: Equation) -> bool:
+    """Whether an equation moves the elements of its one operand, or repeats them."""
+    name = eqn.primitive.name
+    return eqn.rule is None and name in LAYOUTS and name != "split"
+
+
+def _moved(array: np.ndarray, eqn: Equation) -> np.ndarray:
+    """What a layout operation, or a broadcast, makes of an array."""
+    params = eqn.params
+    if eqn.primitive.name == "broadcast_in_dim":
         shape = [1] * len(params["shape"])
         for axis, size in zip(params["broadcast_dimensions"], array.shape, strict=True):
             shape[axis] = size
         return np.broadcast_to(array.reshape(shape), params["shape"])
-    return LAYOUTS[name](array.copy(), params)
+    return LAYOUTS[eqn.primitive.name](array.copy(), params)
 
 
 def _compact(index: np.ndarray) -> np.ndarray:

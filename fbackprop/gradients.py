@@ -186,12 +186,8 @@ class Gradients:
         if isinstance(block, BiasBlock):
             return None
         for group in self.groups[leaf] or ():
-            view = self.source.origins[group.weight].view
-            assert view is not None  # or there would be no groups
-            if (group.layout, place_of(view, self.source.leaves[leaf])) == (
-                block.layout,
-                block.place,
-            ):
+            place = self._place_of(leaf, group.weight)
+            if (group.layout, place) == (block.layout, block.place):
                 return turned(group, block.a, block.b, block.bias is not None).squares(self.counts)
         each = self._formed if self.groups[leaf] is None and block.bias is None else self._each
         arrange = jax.vmap(jax.vmap(functools.partial(block.arrange, leaf)))
@@ -274,7 +270,7 @@ class Gradients:
 
     def _place_of(self, leaf: int, weight: int) -> Place:
         view = self.source.origins[weight].view
-        assert view is not None
+        assert view is not None  # or there would be no groups
         return place_of(view, self.source.leaves[leaf])
 
     @functools.cached_property

@@ -274,11 +274,10 @@ class Separation(_Weights):
         sums = Sums(self.program, self.is_param)
 
         def with_bias(use: Use) -> Use:
-            found = None if use.loops or use.eqn not in mine else sums.bias_of(use.eqn)
-            if found is None:
+            added = None if use.loops or use.eqn not in mine else sums.added_to(use.eqn)
+            if added is None:
                 return use
-            weight, index = found
-            return use._replace(bias=Bias(self.weights.index(weight), index))
+            return use._replace(bias=Bias(self.weights.index(added.var), added))
 
         mine = set(self._rest)
         return [with_bias(use) for use in self.uses]

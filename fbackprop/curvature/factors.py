@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,6 +41,18 @@ class _Blocks(Curvature):
         """A function of every leaf's blocks, and of the leaves of trees like the parameters."""
         return jax.tree.map(function, self.blocks, *trees, is_leaf=_is_blocks)
 
+    def _each(self, function: Callable):
+        """A function of every block; what stands for a bias is left as it is."""
+
+        def of_leaf(blocks):
+            return tuple(b if isinstance(b, BiasBlock) else function(b) for b in blocks)
+
+        return self._map(of_leaf)
+
+    @property
+    def _structure(self):
+        return jax.tree.structure(self.blocks, is_leaf=_is_blocks)
+
     @property
     def _all(self) -> list[tuple[int, Any]]:
         """The blocks, each with the number of its leaf."""
@@ -51,17 +62,15 @@ class _Blocks(Curvature):
 
     def _restored(self, parts: Sequence):
         """Elements (g, i, o) for every block, as a tree."""
-        structure = jax.tree.structure(self.blocks, is_leaf=_is_blocks)
-        found: list = [None] * structure.num_leaves
+        found: list = [None] * self._structure.num_leaves
         for (k, block), part in zip(self._all, parts, strict=True):
             for leaf, x in block.restore(k, part).items():
                 found[leaf] = x if found[leaf] is None else found[leaf] + x
-        return structure.unflatten(found)
+        return self._structure.unflatten(found)
 
     def _arranged(self, tree) -> list:
         """The elements (g, i, o) that each block is for."""
-        structure = jax.tree.structure(self.blocks, is_leaf=_is_blocks)
-        leaves = structure.flatten_up_to(tree)
+        leaves = self._structure.flatten_up_to(tree)
         return [block.arrange(k, leaves) for k, block in self._all]
 
     def matvec(self, tree):
@@ -102,16 +111,17 @@ class KroneckerFactors(_Blocks):
         below n · ε of the largest count as zero: undamped, what is along them has the solution 0.
         """
 
-        apart = self._map(lambda blocks: blocks if _are_apart(blocks) else _zero(blocks))
-        solved = EigenFactors(KroneckerFactors(apart)._map(_eigen)).solve(tree, damping)
+        apart = self._map(_are_apart)
+        split = self._map(lambda blocks, is_apart: blocks if is_apart else _zero(blocks), apart)
+        solved = KroneckerFactors(split)._eigen().solve(tree, damping)
 
-        def of_leaf(blocks, leaf, found):
-            if _are_apart(blocks):
+        def of_leaf(blocks, is_apart, leaf, found):
+            if is_apart:
                 return found
             alone = KroneckerFactors(blocks)
             return conjugate_gradients(alone, leaf, damping, 10 * jnp.finfo(leaf.dtype).eps)
 
-        return self._map(of_leaf, tree, solved)
+        return self._map(of_leaf, apart, tree, solved)
 
     def merged(self) -> KroneckerFactors:
         """The same with blocks that overlap replaced by the one Kronecker product nearest to them.
@@ -130,13 +140,14 @@ class KroneckerFactors(_Blocks):
         (Martens and Grosse 2015, section 6.3). A vector's block is inverted exactly. The damping
         of each factor is raised to n · ε times its largest diagonal element.
         """
-        return KroneckerFactors(
-            self.merged()._map(lambda blocks: tuple(_inverse(b, damping) for b in blocks))
-        )
+        return KroneckerFactors(self.merged()._each(lambda block: _inverse(block, damping)))
 
     def eigen(self) -> EigenFactors:
         """The eigendecomposition of the operator, `merged`."""
-        return EigenFactors(self.merged()._map(_eigen))
+        return self.merged()._eigen()
+
+    def _eigen(self) -> EigenFactors:
+        return EigenFactors(self._each(_eigen))
 
 
 @jax.tree_util.register_dataclass
@@ -195,16 +206,10 @@ def _is_blocks(x) -> bool:
     return isinstance(x, tuple) and len(x) > 0 and isinstance(x[0], Block | BiasBlock)
 
 
-def _sum(leaves):
-    return functools.reduce(jnp.add, leaves)
-
-
 # --- one block ------------------------------------------------------------------------------------
 
 
-def _inverse(block: KroneckerBlock | BiasBlock, damping) -> KroneckerBlock | BiasBlock:
-    if isinstance(block, BiasBlock):
-        return block
+def _inverse(block: KroneckerBlock, damping) -> KroneckerBlock:
     a, b = (
         cholesky.inverse(x, part) if x.ndim == 3 else _reciprocal(x, part)
         for x, part in _divided(block, damping)
@@ -235,13 +240,7 @@ def _reciprocal(diagonal, damping):
     return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
 
 
-def _eigen(blocks: Sequence[KroneckerBlock]) -> tuple[EigenBlock | BiasBlock, ...]:
-    return tuple(map(_eigen_of_one, blocks))
-
-
-def _eigen_of_one(block: KroneckerBlock | BiasBlock) -> EigenBlock | BiasBlock:
-    if isinstance(block, BiasBlock):
-        return block
+def _eigen(block: KroneckerBlock) -> EigenBlock:
     a, u_a = (block.a, None) if block.a.ndim == 2 else jax.vmap(cholesky.eigen)(block.a)
     b, u_b = jax.vmap(cholesky.eigen)(block.b)
     values = a[:, :, None] * b[:, None, :]
@@ -325,5 +324,4 @@ def _one(blocks: list[KroneckerBlock]) -> KroneckerBlock:
 def _diagonal(blocks: list[KroneckerBlock]) -> KroneckerBlock:
     """The diagonal of a sum of blocks, as a block over the whole leaf."""
     whole = np.empty(blocks[0].place.leaf, np.int8)
-    parts = [block.restore(0, block.diagonal())[0] for block in blocks]
-    return diagonal_block(_sum(parts), whole, whole)
+    return diagonal_block(KroneckerFactors(tuple(blocks)).diagonal(), whole, whole)
