@@ -163,14 +163,26 @@ def settings_of(settings: Settings, optimizer: Optimizer) -> list[Setting]:
 
 
 def compare(settings: Settings, task: Task, folder: Path, console: Console) -> list[Outcome]:
-    """Search with each optimizer in turn, writing into ``folder``; returns what came of each."""
+    """Search with each optimizer in turn, writing into ``folder``; returns what came of each.
+
+    One that does not fit into memory is left out.
+
+    Raises:
+        ExperimentError: none of them fits.
+    """
     parts = training.parts_of(task, settings.evaluated)
     outcomes: list[Outcome] = []
     with ProgressDisplay(console) as display:
         for name in settings.optimizers:
-            outcomes.append(run(settings, task, parts, name, display))
+            try:
+                outcomes.append(run(settings, task, parts, name, display))
+            except search.TooLarge as error:
+                display.finish(f"{OPTIMIZERS[name].label} is left out: {error}")
+                continue
             report.write(folder, outcomes, target(settings, outcomes))
             display.finish(report.line(outcomes[-1]))
+    if not outcomes:
+        raise command.ExperimentError("no optimizer was run")
     figures.curves(folder / "curves.png", outcomes, target(settings, outcomes), task.score_name)
     figures.search(folder / "search.png", outcomes)
     return outcomes

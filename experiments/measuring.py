@@ -1,8 +1,9 @@
-"""Timing two programs against each other, in alternation and pair by pair."""
+"""Timing two programs in alternation and pair by pair, and what memory there is for them."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -49,3 +50,9 @@ def alternate(
             work(side)
             seconds[side].append(time.perf_counter() - start)
     return seconds
+
+
+def memory_of_device() -> int:
+    """Bytes of the first device's memory; of a CPU's, the machine's."""
+    known = jax.devices()[0].memory_stats() or {}
+    return known.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

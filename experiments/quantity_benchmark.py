@@ -33,7 +33,7 @@ from rich.table import Table
 
 import fbackprop as fb
 from experiments.command import ExperimentError, UsageError, run, terminal
-from experiments.measuring import Ratio, alternate
+from experiments.measuring import Ratio, alternate, memory_of_device
 from experiments.quantity_programs import (
     NETWORKS,
     QUANTITIES,
@@ -109,7 +109,7 @@ class Bench:
         programs = (self._compiled(function), self.gradient)
         sizes, unit = (program.memory_analysis() for program in programs)
         memory = sizes.temp_size_in_bytes / max(unit.temp_size_in_bytes, 1)
-        if sizes.temp_size_in_bytes + sizes.output_size_in_bytes > _memory_of_machine() / 2:
+        if sizes.temp_size_in_bytes + sizes.output_size_in_bytes > memory_of_device() / 2:
             return Measured(None, None, memory)
 
         def execute(side: int):
@@ -121,10 +121,6 @@ class Bench:
         if affordable:  # else that one was long enough
             pairs = alternate(execute, min(self.repeats, affordable))
         return Measured(Ratio.of(*pairs), statistics.median(pairs[0]), memory)
-
-
-def _memory_of_machine() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # --- PyTorch, in an interpreter of its own --------------------------------------------------------

@@ -17,9 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.command import ExperimentError
+from experiments.measuring import memory_of_device
 from experiments.optimizers import HyperParameter, Optimizer, Setting
 from experiments.tasks import Task
 from experiments.training import Curve, Parts, Schedule, Start, trainer
+
+
+class TooLarge(ExperimentError):
+    """A single run does not fit into the device's memory."""
 
 
 class Found(NamedTuple):
@@ -101,6 +107,7 @@ def search(
 
     Raises:
         KeyboardInterrupt: Ctrl-C; training has ended at its next record.
+        TooLarge: a single lane takes more than the device has; nothing was run.
     """
     stopped = threading.Event()
 
@@ -144,14 +151,18 @@ def _lanes(
 
 def _compiled(train: Any, lanes: Any, parts: Parts, memory: float) -> tuple[Any, int]:
     """The program for as many lanes at once as memory allows, and how many these are."""
-    count = len(lanes[1].key)
+    at_once = count = len(lanes[1].key)
     compiled = train.lower(*lanes, parts).compile()
-    needed = _bytes(compiled)
-    if needed <= memory or count == 1:
-        return compiled, count
-    chunks = min(count, math.ceil(needed / memory))
-    at_once = math.ceil(count / chunks)
-    return train.lower(*next(_chunks(lanes, at_once)), parts).compile(), at_once
+    if (needed := _bytes(compiled)) > memory and count > 1:
+        chunks = min(count, math.ceil(needed / memory))
+        at_once = math.ceil(count / chunks)
+        compiled = train.lower(*next(_chunks(lanes, at_once)), parts).compile()
+    if (needed := _bytes(compiled)) > (most := memory_of_device()):
+        raise TooLarge(
+            f"{at_once} of its runs at once take {needed / 2**30:.0f} GiB of memory, and there are "
+            f"{most / 2**30:.0f}: give a smaller --batch-size or --large-batch"
+        )
+    return compiled, at_once
 
 
 def _bytes(compiled: Any) -> int:

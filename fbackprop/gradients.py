@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from fbackprop.groups import Group, Placed, formed_dots, formed_norms, formed_squares, turned
 from fbackprop.kronecker import (
@@ -76,6 +77,25 @@ class Gradients:
     def counts(self):
         """(N, C), what each column's outer product counts in the mean; none where it is concave."""
         return self.shares[:, None] * jnp.maximum(self.signs, 0)
+
+    def some(self, first, size: int) -> Gradients:
+        """The gradients of `size` of the examples, without those of named values."""
+        sites = [(weight, site.some(first, size)) for weight, site in self.sites]
+        shares, signs = (
+            lax.dynamic_slice_in_dim(x, first, size) for x in (self.shares, self.signs)
+        )
+        return Gradients(self.source, self.model, self.params, sites, shares, signs, self.even, {})
+
+    def summed_in_pieces(self, function: Callable[[Gradients], jax.Array], size: int):
+        """Σ function(piece) over pieces of `size` examples and what is left, one after another."""
+        full, rest = divmod(self.examples, size)
+        shape = jax.eval_shape(lambda: function(self.some(0, size)))
+        total, _ = lax.scan(
+            lambda total, first: (total + function(self.some(first, size)), None),
+            jnp.zeros(shape.shape, shape.dtype),
+            size * jnp.arange(full),
+        )
+        return total + function(self.some(full * size, rest)) if rest else total
 
     def _tree(self, leaves: Sequence):
         return jax.tree.unflatten(jax.tree.structure(self.params), leaves)

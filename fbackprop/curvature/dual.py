@@ -17,6 +17,9 @@ from fbackprop.gradients import Gradients
 from fbackprop.kronecker import symmetric_product
 from fbackprop.quantities.base import Quantity
 
+# Elements of S that are formed at once, even where the matrix itself is smaller.
+LEAST_FORMED = 2**22
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +106,18 @@ class DualGaussNewton(Curvature):
         return self.primal().matrix
 
     def primal(self) -> Dense:
-        """The matrix over the flattened parameters; forms S, (N · C, P)."""
-        n, c = self._roots.shape
-        leaves = [x.reshape(n * c, -1) for x in jax.tree.leaves(self.rows.each())]
-        s = jnp.concatenate(leaves, axis=1) * self._roots.reshape(n * c, 1)
-        return Dense(symmetric_product(s, 1), self.space)
+        """The matrix over the flattened parameters; S is formed for some examples at a time."""
+        size, (n, c) = self.space.size, self._roots.shape
+        at_once = max(max(size**2 // 8, LEAST_FORMED) // max(c * size, 1), 1)
+
+        def product(rows: Gradients):
+            roots = dataclasses.replace(self, rows=rows)._roots.reshape(-1, 1)
+            leaves = [x.reshape(len(roots), -1) for x in jax.tree.leaves(rows.each())]
+            return symmetric_product(jnp.concatenate(leaves, axis=1) * roots, 1)
+
+        if at_once >= n:
+            return Dense(product(self.rows), self.space)
+        return Dense(self.rows.summed_in_pieces(product, at_once), self.space)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import zoo
 from jax.flatten_util import ravel_pytree
 
 import fbackprop as fb
+from fbackprop.curvature import dual
 
 CASES = [
     "mlp",
@@ -105,6 +106,35 @@ def test_operators_of_a_model(name):
         check(results)
     assert min(positive) > -1e-12
     assert corrected <= kronecker * (1 + 1e-12)  # EKFAC's diagonal is the best in its basis
+
+
+def rows_of(model, loss, params, batch):
+    return fb.Objective(model, loss, params, batch).sweep(rows=fb.GGNRows())["rows"]
+
+
+@pytest.mark.parametrize("name", ["shapes", "convnet", "scanned_transformer"])
+def test_examples_in_pieces_are_the_same_examples(name):
+    case = zoo.CASES[name](jax.random.key(1))
+    batch = jax.tree.map(lambda x: jnp.concatenate([x, x])[:3], case.batch)
+
+    def moments(rows):
+        return ravel_pytree((rows.total(), rows.squares()))[0]
+
+    def run(params):
+        rows = rows_of(case.model, case.loss, params, batch).rows
+        return moments(rows), [rows.summed_in_pieces(moments, size) for size in (1, 2, 3)]
+
+    whole, pieces = jax.jit(run)(case.params)
+    for found in pieces:
+        np.testing.assert_allclose(found, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_the_matrix_over_parameters_is_formed_in_pieces(monkeypatch):
+    monkeypatch.setattr(dual, "LEAST_FORMED", 0)
+    x, w = jnp.sin(jnp.arange(39.0)).reshape(13, 3), jnp.ones((2, 3))
+    rows = rows_of(lambda w, x: w @ x, fb.losses.squared_error, w, (x, x[:, :2]))
+    expected = jnp.kron(jnp.eye(2), x.T @ x / 13)
+    np.testing.assert_allclose(rows.primal().matrix, expected, atol=1e-14)
 
 
 def block_part(matrix, space):

@@ -170,6 +170,22 @@ def test_chunks_change_nothing_but_the_memory(line):
     assert [chunk[0]["x"].tolist() for chunk in search._chunks(lanes, 2)] == [[0, 1], [2, 2]]
 
 
+def test_what_does_not_fit_into_memory_is_left_out_and_the_rest_goes_on(
+    tmp_path, capsys, monkeypatch
+):
+    options = ["--problem", "mazur", "--steps", "2", "--seeds", "1", "--trials", "1"]
+    room = iter([PLENTY, 0, 0])
+    monkeypatch.setattr(search, "memory_of_device", lambda: next(room))
+    status, folder = run(tmp_path, *options, "--optimizers", "sgd", "adam")
+    assert status == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Adam is left out: 1 of its runs at once take" in said and "--large-batch" in said
+    summary = json_of(folder / "summary.json")
+    assert [result["optimizer"] for result in summary["optimizers"]] == ["sgd"]
+    status, _ = run(tmp_path, *options, "--optimizers", "sgd", "--overwrite")
+    assert status == 1 and "no optimizer was run" in one_error_line(capsys)
+
+
 def test_what_an_optimizer_does_now_and_then_stays_a_branch(line):
     def now_and_then(learning_rate):
         def update(gradient, count, params=None):

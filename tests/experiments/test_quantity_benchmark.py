@@ -75,7 +75,7 @@ def test_failing_interpreter_is_one_line(run, tmp_path, capsys):
 
 
 def test_too_large_for_memory_is_not_run(monkeypatch):
-    monkeypatch.setattr(quantity_benchmark, "_memory_of_machine", lambda: 0)
+    monkeypatch.setattr(quantity_benchmark, "memory_of_device", lambda: 0)
     measured = quantity_benchmark.Bench(TINY, 1).measure("example-norms")[BY_JAX]
     assert measured.time is None and measured.memory > 0
 
