@@ -12,10 +12,15 @@ from fbackprop.sites import wide
 
 
 def floor(matrix) -> jax.Array:
-    """The least damping that a matrix (…, n, n) needs for a Cholesky factor in its precision."""
+    """The least damping of matrices (…, n, n), max(n · ε, ε^¾) times the largest diagonal element.
+
+    A Cholesky factor needs n · ε. Along what is singular a solution has errors of ε / damping,
+    relative to the right-hand side: with ε^¾ these are ε^¼.
+    """
     n, matrix = matrix.shape[-1], wide(matrix)
     largest = jnp.max(jnp.abs(jnp.diagonal(matrix, axis1=-2, axis2=-1)), axis=-1)
-    return n * jnp.finfo(matrix.dtype).eps * jnp.where(largest > 0, largest, 1)
+    eps = jnp.finfo(matrix.dtype).eps
+    return max(n * eps, eps**0.75) * jnp.where(largest > 0, largest, 1)
 
 
 def damped(matrix, damping) -> jax.Array:

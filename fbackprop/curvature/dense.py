@@ -31,7 +31,10 @@ class Dense(Curvature):
         return self.space.unravel(self.matrix @ self.space.ravel(tree))
 
     def solve(self, tree, damping=0.0):
-        """(A + damping I)⁻¹ v by a Cholesky factor; the damping is raised to P · ε · max Aᵢᵢ."""
+        """(A + damping I)⁻¹ v by a Cholesky factor.
+
+        The damping is raised to max(P · ε, ε^¾) times the largest diagonal element.
+        """
         factored = cholesky.factor(self.matrix, damping)
         return self.space.unravel(cholesky.solve(factored, self.space.ravel(tree)))
 

@@ -138,7 +138,7 @@ class KroneckerFactors(_Blocks):
           \quad \pi^2 = \frac{\operatorname{tr} A / i}{\operatorname{tr} B / o}$$
 
         (Martens and Grosse 2015, section 6.3). A vector's block is inverted exactly. The damping
-        of each factor is raised to n · ε times its largest diagonal element.
+        of each factor is raised to max(n · ε, ε^¾) times its largest diagonal element.
         """
         return KroneckerFactors(self.merged()._each(lambda block: _inverse(block, damping)))
 
