@@ -384,6 +384,7 @@ def write(results: Results, path: Path) -> None:
         for network, rows in results.items()
     }
     versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    versions["malloc"] = os.environ.get("GLIBC_TUNABLES", "")  # huge pages make large results cheap
     path.write_text(json.dumps({"versions": versions, "measured": measured}, indent=2) + "\n")
 
 
