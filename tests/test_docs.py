@@ -16,7 +16,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = [m.name for m in pkgutil.walk_packages(fb.__path__, "fbackprop.")]
 
 
-LONG = ("third-party.md", "quantities.md", "fbackprop.networks", "fbackprop.estimators")
+LONG = (
+    "third-party.md", "quantities.md", "optimizers.md", "estimators.md", "networks.md",
+    "fbackprop.networks", "fbackprop.estimators",
+)  # fmt: skip
 
 
 def brief_first(items, name):

@@ -279,7 +279,7 @@ def test_log_determinant_within_its_standard_error():
 
 
 @pytest.mark.parametrize("name", [n for n in SPECTRA if np.all(SPECTRA[n] >= 0)])
-def test_log_determinant_of_singular_and_diagonal_matrices(name):
+def test_log_determinant_of_singular_and_diagonal_matrices(name, optimized):
     """Of diagonal matrices every sample is exact, however early the Krylov space ends."""
     found = log_determinants(np.diag(SPECTRA[name]))
     # An eigenvalue is known to a few eps · ‖A‖, and the logarithm's slope is 1/δ at most.

@@ -169,7 +169,7 @@ def test_the_same_mapped_over_examples(place):
     assert_close(jax.vmap(one)(xs), singly, 10)
 
 
-def test_value_and_gradients_are_those_of_vjp_to_the_bit():
+def test_value_and_gradients_are_those_of_vjp_to_the_bit(optimized):
     f = lambda x: in_scan(jnp.sin(x) * x + x * jnp.cos(x), name)[0]  # noqa: E731
     found = record(f)(X)
     value, pullback = fb.vjp(f, X)

@@ -167,6 +167,7 @@ def test_output_layers_end_in_the_classes(name):
 QUICK = ["--passes", "1", "--examples", "3", "--animals", "3", "--samples", "2", "--steps", "2"]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_table_numbers_and_figures(tmp_path, capsys):
     assert attribution.main(["--network", "mlp", *QUICK, "--out", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out

@@ -34,6 +34,7 @@ def test_wrong_options_are_one_line(arguments, word, capsys):
     assert word in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_steps_and_the_exact_solution(tmp_path):
     small = ["--batch", "8", "--cycles", "1", "--solve-batch", "6", "--hidden", "5"]
     out = ["--autoencoder", "12", "6", "--out", str(tmp_path)]
@@ -56,6 +57,7 @@ def test_gradients_of_every_program_agree(name):
         assert_close(gradient(fb.grad), gradient(jax.grad), scale=100)
 
 
+@pytest.mark.slow
 def test_other_rules_beside_the_plain_sweep(tmp_path):
     arguments = ["rules", "--programs", "lstm", "--repeats", "1", "--traces", "1"]
     assert benchmark.main([*arguments, "--out", str(tmp_path)]) == 0

@@ -183,7 +183,10 @@ CHECKS = (
 )
 
 
-HEAVY = ("transformer", "resnet", "shapes", "remat_transformer", "bodies_of_parameters")
+HEAVY = (
+    "transformer", "resnet", "shapes", "remat_transformer", "bodies_of_parameters",
+    "scanned_transformer", "lstm", "control_flow", "parameters_in_the_carry",
+)  # fmt: skip
 EACH = [pytest.param(n, marks=pytest.mark.slow) if n in HEAVY else n for n in zoo.CASES]
 
 
