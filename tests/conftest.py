@@ -19,6 +19,7 @@ import pytest
 @pytest.fixture
 def optimized():
     """Programs are compiled as a user's are: for what is compared to the last bits."""
+    jax.clear_caches()  # another test may have compiled the same function without
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield
