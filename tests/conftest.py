@@ -18,8 +18,10 @@ import pytest
 
 @pytest.fixture
 def optimized():
-    """Programs are compiled as a user's are: for what is compared to the last bits."""
-    jax.clear_caches()  # another test may have compiled the same function without
+    """Programs are compiled as a user's are: for what is compared to the last bits.
+
+    All tests that share a compiled function must ask for it.
+    """
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield

@@ -268,7 +268,7 @@ def log_determinants(matrix):
     return mapped_log_determinants(matrix.astype("float32"), keys, DAMPINGS)
 
 
-def test_log_determinant_within_its_standard_error():
+def test_log_determinant_within_its_standard_error(optimized):
     found = log_determinants(POSITIVE)
     for damping, value, error in zip(DAMPINGS, *found, strict=True):
         values, vectors = np.linalg.eigh(POSITIVE + damping * np.eye(P))
@@ -289,7 +289,7 @@ def test_log_determinant_of_singular_and_diagonal_matrices(name, optimized):
     assert np.all(found.standard_error < tolerance)
 
 
-def test_what_is_not_positive_definite_has_no_log_determinant():
+def test_what_is_not_positive_definite_has_no_log_determinant(optimized):
     found = log_determinants(np.diag([-0.5] + [1.0] * 9))
     np.testing.assert_array_equal(np.isnan(found.value), [True, False])
 

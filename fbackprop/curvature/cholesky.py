@@ -55,33 +55,14 @@ def eigen(matrix) -> tuple[jax.Array, jax.Array]:
     return jnp.where(values > least, values, 0), vectors
 
 
-LARGEST_SOLVED = 512  # smaller, and the products of halves take longer to compile
-
-
+@jax.jit  # traced once for factors of one shape
 def inverse(matrices, dampings) -> jax.Array:
     """The inverses of damped matrices, (g, n, n) with dampings (g,), one after the other."""
     matrices = damped(matrices, dampings)
-    if len(matrices) == 1:
+    if len(matrices) == 1:  # without a loop, which would copy it
         return _inverse(matrices[0])[None]
     return lax.map(_inverse, matrices)
 
 
 def _inverse(matrix):
-    """By halves, of a positive definite matrix: mostly products, which are faster than solves.
-
-    With the Schur complement S = C − Bᵀ A⁻¹ B of [[A, B], [Bᵀ, C]] (Strassen 1969).
-    """
-    n = len(matrix)
-    if n <= LARGEST_SOLVED:
-        return _inverse_at_once(matrix)
-    k = n // 2
-    upper = _inverse(matrix[:k, :k])
-    across = upper @ matrix[:k, k:]
-    lower = _inverse(matrix[k:, k:] - matrix[k:, :k] @ across)
-    corner = across @ lower
-    return jnp.block([[upper + corner @ across.T, -corner], [-corner.T, lower]])
-
-
-@sequential_vmap
-def _inverse_at_once(matrix):
     return cho_solve(cho_factor(matrix, lower=True), jnp.eye(len(matrix), dtype=matrix.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -28,6 +29,35 @@ def objective_of(objective: Any, updates, who: str) -> Objective:
             "update, or make the step with fb.optim.step"
         )
     return objective.of_trained(updates)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """What stands in a state for arrays whose shapes a batch will tell; it has no leaves.
+
+    Attributes:
+      make: ``make(objective, key)``, the arrays.
+      params: the structure of the parameters that the state is for.
+    """
+
+    make: Callable
+    params: Any
+
+    def zeros(self, objective: Objective):
+        """Arrays like those to come; nothing but shapes is computed of the objective."""
+        like = self.params.unflatten([0] * self.params.num_leaves)
+        shapes = jax.eval_shape(self.make, objective.of_trained(like), jax.random.key(0))
+        return jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))()
+
+
+def complete(state, objective: Objective):
+    """The state with zeros for what is pending, so that its structure stays as it is."""
+
+    def of_node(node):
+        return node.zeros(objective) if isinstance(node, Pending) else node
+
+    return jax.tree.map(of_node, state, is_leaf=lambda node: isinstance(node, Pending))
 
 
 def at_step(value: ScalarOrSchedule, count) -> Any:
@@ -59,10 +89,10 @@ def check_updates(who: str, updates, params) -> None:
 
 
 def is_finite(*trees) -> jax.Array:
-    """Whether all numbers of the trees, and the sum of the leaves' largest, are finite."""
-    leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]
-    largest = [jnp.max(jnp.abs(x)).astype(jnp.float32) for x in leaves]
-    return jnp.isfinite(sum(largest, jnp.zeros(())))
+    """Whether all numbers of the trees are finite, and their sum too."""
+    leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    sums = (jnp.sum(x, dtype=jnp.promote_types(x.dtype, jnp.float32)) for x in leaves)
+    return jnp.isfinite(sum(sums, jnp.zeros(())))
 
 
 # A branch, and no selection: XLA would compute the condition again for every leaf.

@@ -14,10 +14,12 @@ from fbackprop.curvature.factors import EigenFactors, KroneckerFactors
 from fbackprop.curvature.products import GaussNewton
 from fbackprop.objective import Objective
 from fbackprop.optim.common import (
+    Pending,
     ScalarOrSchedule,
     at_step,
     check_positive,
     check_updates,
+    complete,
     is_finite,
     objective_of,
     scalar_like,
@@ -45,8 +47,9 @@ class FactoredState(NamedTuple):
       damping: λ.
       ratio: the loss's reduction over the predicted one, when it was last measured.
       velocity: the last update, like the parameters.
-      factors: running averages of the factors, `KroneckerFactors`; None before the first step.
-      solver: what preconditions: factors inverted, or turned to their eigenvectors.
+      factors: running averages of the factors, `KroneckerFactors`.
+      solver: what preconditions: factors inverted, or turned to their eigenvectors. Both are
+        `Pending` before the first step.
       skipped: how many steps were left out because the update was not finite.
     """
 
@@ -177,17 +180,26 @@ def _factored(
     if norm_constraint is not None:
         check_positive(who, norm_constraint=norm_constraint)
 
+    # Compiled, so that their traces are kept: the state's shapes take one, the step another.
+
+    @jax.jit
     def measure(objective: Objective, key) -> KroneckerFactors:
         return KroneckerFactors(objective.sweep(key, factors=quantity)["factors"])
 
+    make = jax.jit(solver.make)
+
+    def first_solver(objective: Objective, key):
+        return make(measure(objective, key), scalar_like(damping, objective.params))
+
     def init(params):
+        structure = jax.tree.structure(params)
         return FactoredState(
             steps=jnp.zeros((), jnp.int32),
             damping=scalar_like(damping, params),
             ratio=scalar_like(1.0, params),
             velocity=jax.tree.map(jnp.zeros_like, params),
-            factors=None,
-            solver=None,
+            factors=Pending(measure, structure),
+            solver=Pending(first_solver, structure),
             skipped=jnp.zeros((), jnp.int32),
         )
 
@@ -198,17 +210,16 @@ def _factored(
         most = _memory(objective.n_examples) if decay is None else decay
         keep = jnp.minimum(steps / (steps + 1), most)  # a plain mean to begin with
         factors = optax.tree.update_moment(new, state.factors, keep, 1)
-        made = solver.update(solver.make(factors, state.damping), objective, key)
+        made = solver.update(make(factors, state.damping), objective, key)
         return where(is_finite(made), (factors, made), (state.factors, state.solver))
 
     def update(updates, state, params=None, *, objective=None, value=None, **extra):
         del extra
         check_updates(who, updates, params)
         problem = objective_of(objective, updates, who)
+        state = complete(state, objective)
         value = problem.value() if value is None else value
         key = jax.random.fold_in(jax.random.key(seed), state.steps)
-        if state.factors is None:
-            state = _complete(state, lambda: (f := measure(problem, key), solver.make(f, 1.0)))
         is_time = state.steps % every == 0
         factors, made = lax.cond(
             is_time,
@@ -259,13 +270,6 @@ def _factored(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _complete(state: FactoredState, make: Callable) -> FactoredState:
-    """The state with zeros for factors that are not there yet."""
-    shapes = jax.eval_shape(make)
-    factors, made = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return state._replace(factors=factors, solver=made)
-
-
 def _next(damping, ratio, every):
     """λ · ω or λ / ω with ω = `OMEGA` for every step since the last time (section 6.5)."""
     omega = jnp.asarray(OMEGA, damping.dtype) ** every
@@ -280,9 +284,9 @@ def _memory(n_examples: int) -> float:
 
 def _by_quadratic_model(objective: Objective, gradient, direction, velocity, damping):
     """αΔ + μδ₀ at the minimum of the quadratic model, and the reduction that it promises."""
-    both = direction, velocity
     operator = GaussNewton.of(objective)
-    pushed = [operator.pushforward(x) for x in both]
+    pushed = [operator.pushforward(x) for x in (direction, velocity)]
+    *both, gradient = (_packed(x) for x in (direction, velocity, gradient))
     dot = optax.tree.vdot
 
     def between(i, j):
@@ -292,8 +296,15 @@ def _by_quadratic_model(objective: Objective, gradient, direction, velocity, dam
     matrix = jnp.array([[between(0, 0), across], [across, between(1, 1)]])
     slope = jnp.array([dot(gradient, x) for x in both])
     weights = -_solved(matrix, slope)
-    change = jax.tree.map(lambda x, y: weights[0] * x + weights[1] * y, *both)
+    change = jax.tree.map(lambda x, y: weights[0] * x + weights[1] * y, direction, velocity)
     return change, -(slope @ weights) / 2
+
+
+def _packed(tree) -> list:
+    """The leaves, with all vectors as one: a product of two trees is compiled leaf by leaf."""
+    leaves = jax.tree.leaves(tree)
+    vectors = [jnp.ravel(x) for x in leaves if x.ndim < 2]
+    return [x for x in leaves if x.ndim > 1] + ([jnp.concatenate(vectors)] if vectors else [])
 
 
 def _solved(matrix, slope):

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fbackprop.curvature.space import Space
 from fbackprop.objective import Objective
-from fbackprop.optim.common import is_finite, where
+from fbackprop.optim.common import complete, is_finite, where
 
 REPORTED = ("damping", "ratio", "skipped", "iterations", "accepted")
 
@@ -22,7 +21,6 @@ class Step:
         self.model, self.loss, self.chunk = model, loss, chunk
         self.optimizer = optax.with_extra_args_support(optimizer)
         self._compiled = jax.jit(self._run)
-        self._completed: dict = {}
 
     def __call__(self, params, state, batch, *further, weights=None, key=None):
         """One step.
@@ -40,7 +38,7 @@ class Step:
           optimizer knows of "damping", "ratio", "skipped", "iterations" and "accepted".
         """
         objective = self._objective(params, batch, further, weights, key)
-        return self._compiled(self._complete(state, objective), objective)
+        return self._compiled(complete(state, objective), objective)
 
     @property
     def compilations(self) -> int:
@@ -50,7 +48,7 @@ class Step:
     def init(self, params, batch, *further, weights=None, key=None):
         """The optimizer's state, with what its first step would add: for `lax.scan`."""
         objective = self._objective(params, batch, further, weights, key)
-        return self._complete(self.optimizer.init(params), objective)
+        return complete(self.optimizer.init(params), objective)
 
     def _objective(self, params, batch, further, weights, key) -> Objective:
         objective = Objective(
@@ -83,20 +81,6 @@ class Step:
             if len(found) == 1 and jnp.shape(found[0]) == ():
                 info[name] = found[0]
         return params, state, info
-
-    def _complete(self, state, objective: Objective):
-        """The state with zeros for what the first step adds to it, so that it compiles but once."""
-        space = Space.of(state)
-        if space not in self._completed:
-            _, shapes, _ = jax.eval_shape(self._run, state, objective)
-            self._completed[space] = self._completed[Space.of(shapes)] = shapes
-        shapes = self._completed[space]
-        if jax.tree.structure(shapes) == space.structure:
-            return state
-        known = dict(jax.tree_util.tree_leaves_with_path(state))
-        return jax.tree_util.tree_map_with_path(
-            lambda path, s: known[path] if path in known else jnp.zeros(s.shape, s.dtype), shapes
-        )
 
 
 def step(
