@@ -72,10 +72,8 @@ def _momentum(learning_rate: Any) -> optax.GradientTransformation:
 
 _PLAIN: dict[HyperParameter, tuple[float, float]] = {"learning_rate": (1e-3, 10.0)}
 _SCALED: dict[HyperParameter, tuple[float, float]] = {"learning_rate": (1e-4, 1e-1)}
-_EXACT: dict[HyperParameter, tuple[float, float]] = {
-    "learning_rate": (1e-1, 1.0),
-    "damping": (1e-3, 1e1),
-}
+_WHOLE: dict[HyperParameter, tuple[float, float]] = {"learning_rate": (1e-1, 1.0)}
+_SAMPLED: dict[HyperParameter, tuple[float, float]] = {**_WHOLE, "damping": (1e-3, 1e1)}
 _DIAGONAL: dict[HyperParameter, tuple[float, float]] = {
     "learning_rate": (1e-3, 1e-1),
     "damping": (1e-4, 1.0),
@@ -95,7 +93,8 @@ OPTIMIZERS: dict[OptimizerName, Optimizer] = {
     # Without a learning rate these take their step's length from the quadratic model of the loss.
     "kfac": Optimizer("K-FAC", _ours("kfac"), _DAMPED, "small", "#0072B2"),
     "ekfac": Optimizer("EK-FAC", _ours("ekfac"), _DAMPED, "small", "#56B4E9"),
-    "gauss-newton": Optimizer("Gauss–Newton", _ours("gauss_newton"), _EXACT, "large", "#D55E00"),
+    # The loss sets its damping.
+    "gauss-newton": Optimizer("Gauss–Newton", _ours("gauss_newton"), _WHOLE, "large", "#D55E00"),
     "levenberg-marquardt": Optimizer(
         "Levenberg–Marquardt", _ours("levenberg_marquardt"), _DAMPED, "large", "#E69F00"
     ),
@@ -104,6 +103,6 @@ OPTIMIZERS: dict[OptimizerName, Optimizer] = {
         "diagonal Gauss–Newton", _ours("diagonal_gauss_newton"), _DIAGONAL, "small", "#CC79A7"
     ),
     "natural-gradient": Optimizer(
-        "natural gradient", _ours("natural_gradient"), _EXACT, "small", "#000000"
+        "natural gradient", _ours("natural_gradient"), _SAMPLED, "small", "#000000"
     ),
 }

@@ -29,7 +29,7 @@ def check_space(space: str) -> None:
 
 def gauss_newton(
     learning_rate: ScalarOrSchedule = 1.0,
-    damping: ScalarOrSchedule = 0.1,
+    damping: ScalarOrSchedule | None = None,
     *,
     space: str = "auto",
     curvature: GGNRows | None = None,
@@ -45,11 +45,12 @@ def gauss_newton(
     Without damping a step of length one solves linear least squares, and is Newton's for a linear
     softmax regression. Where the curvature is singular the damping is raised to what a Cholesky
     factor needs (see `DualGaussNewton.solve`). Made for full batches: on small ones the step fits
-    the batch alone (Buffelli et al. 2024).
+    the batch alone (Buffelli et al. 2024), and a damping that fades makes it diverge.
 
     Args:
       learning_rate: η, a number or a schedule.
-      damping: λ, a number not below zero or a schedule, in the units of the curvature.
+      damping: λ, a number not below zero or a schedule, in the units of the curvature; None for a
+        fifth of the batch's loss, as of `precondition_by_curvature`.
       space: "primal", "dual" or "auto", the smaller.
       curvature: which rows; by default all, ``GGNRows()``.
 

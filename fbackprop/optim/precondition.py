@@ -33,18 +33,28 @@ class PreconditionState(NamedTuple):
     skipped: jax.Array
 
 
-def precondition_by_curvature(damping: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+# Of the loss, where it sets the damping: with 0.1 and less full batches of digits take fewer steps
+# (9 instead of 12 to zero training error), but batches of 512 diverged.
+OF_LOSS = 0.2
+
+
+def precondition_by_curvature(
+    damping: ScalarOrSchedule | None,
+) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the gradient g by $(A + \lambda I)^{-1} g$, for whatever curvature A it is handed.
 
     A solution that is not finite is replaced by zero and counted: a NaN in the gradient or in the
     curvature leaves the parameters as they are.
 
     Args:
-      damping: λ, a number not below zero or a schedule.
+      damping: λ, a number not below zero or a schedule; None for a fifth of the loss, which fades
+        as the loss does (Yamashita and Fukushima 2001) and grows with a factor on the loss as the
+        curvature does. A loss below zero then counts as zero.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`; `update` takes ``curvature=``, a
-      `fbackprop.Curvature`.
+      `fbackprop.Curvature`, and where the loss sets the damping ``value=``, the loss, or
+      ``objective=``.
 
     Example:
       >>> import jax.numpy as jnp, fbackprop as fb
@@ -54,20 +64,34 @@ def precondition_by_curvature(damping: ScalarOrSchedule) -> optax.GradientTransf
       >>> updates.tolist()
       [0.5, 0.25]
     """
-    check_damping("precondition_by_curvature", damping)
+    if damping is not None:
+        check_damping("precondition_by_curvature", damping)
+
+    def of_loss(value, objective):
+        if value is None and isinstance(objective, Objective):
+            value = objective.value()
+        if value is None:
+            raise TypeError(
+                "precondition_by_curvature(None) takes its damping from the loss: pass value= or "
+                "objective= to update, or a damping"
+            )
+        return OF_LOSS * jnp.maximum(value, 0)
 
     def init(params):
         del params
         return PreconditionState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None, *, curvature=None, **extra):
+    def update(
+        updates, state, params=None, *, curvature=None, value=None, objective=None, **extra
+    ):
         del params, extra
         if not isinstance(curvature, Curvature):
             raise TypeError(
                 f"curvature={curvature!r} is no fbackprop.Curvature: pass one to update, such as "
                 "fb.GaussNewton(model, loss, params, batch)"
             )
-        solution = curvature.solve(updates, at_step(damping, state.steps))
+        at = of_loss(value, objective) if damping is None else at_step(damping, state.steps)
+        solution = curvature.solve(updates, at)
         finite = is_finite(solution)
         skipped = state.skipped + jnp.where(finite, 0, 1)
         return zero_unless(finite, solution), PreconditionState(state.steps + 1, skipped)

@@ -60,6 +60,30 @@ def test_gauss_newton_solves_linear_least_squares_in_one_step(space):
         np.testing.assert_allclose(found, w, atol=1e-8)
 
 
+def test_the_loss_sets_the_damping_of_gauss_newton():
+    """A fifth of it, so that a factor on the loss changes nothing."""
+    params, batch = perceptron_params(), examples()
+    step = lambda optimizer, factor: one_step(  # noqa: E731
+        optimizer, perceptron, lambda z, y: factor * fb.losses.squared_error(z, y), params, batch
+    )
+    found, _, info = step(fb.optim.gauss_newton(), 1.0)
+    given = step(fb.optim.gauss_newton(damping=info["loss"] / 5), 1.0)[0]
+    scaled = step(fb.optim.gauss_newton(), 64.0)[0]
+    for other in (given, scaled):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), found, other)
+
+
+def test_gauss_newton_fits_a_batch_to_the_last_bits():
+    """The damping fades as the loss does: convergence is quadratic."""
+    params, batch = perceptron_params(), examples(6)
+    optimizer = fb.optim.gauss_newton()
+    step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
+    state = optimizer.init(params)
+    for _ in range(30):
+        params, state, info = step(params, state, batch)
+    assert info["loss"] < 1e-11
+
+
 def test_gauss_newton_is_newtons_method_for_softmax_regression():
     with jax.enable_x64(True):
         params, batch = normal(0, 4, 3), (normal(1, 9, 4), jnp.arange(9) % 3)
@@ -322,6 +346,9 @@ def test_errors_name_what_was_wrong():
     with pytest.raises(TypeError, match="is no fbackprop.Curvature"):
         scale = fb.optim.precondition_by_curvature(1.0)
         scale.update(params, scale.init(params), curvature=3)
+    with pytest.raises(TypeError, match="pass value= or objective= to update, or a damping"):
+        scale = fb.optim.precondition_by_curvature(None)
+        scale.update(params, scale.init(params), curvature=fb.Diagonal(params))
     step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
     with pytest.raises(ValueError, match="a batch must be a pair"):
         step(params, optimizer.init(params), jnp.ones(3))
