@@ -245,7 +245,7 @@ def test_stops_grow_to_the_last_step():
 
 
 def test_settings_fit_the_trials_and_the_ranges():
-    plain, curved, none = (OPTIMIZERS[name] for name in ("sgd", "gauss-newton", "lbfgs"))
+    plain, curved, none = (OPTIMIZERS[name] for name in ("sgd", "natural-gradient", "lbfgs"))
     assert [len(search.grid(plain, n)) for n in (1, 2, 9)] == [1, 2, 9]
     assert [len(search.grid(curved, n)) for n in (1, 2, 5, 6, 9)] == [1, 2, 4, 6, 9]
     assert search.grid(none, 9) == search.drawn(none, 9, 0) == [{}]

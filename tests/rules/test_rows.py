@@ -386,6 +386,7 @@ WIDE_ONLY = ("conv", "dot", "linalg", "factors", "solve", "fourier", "special", 
 NARROW = [n for n in CASES if not n.startswith(WIDE_ONLY)] + ["conv: plain", "dot: batched"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", NARROW)
 def test_in_narrow_dtypes(name, dtype):
