@@ -99,7 +99,7 @@ def kfac(
 
     (sections 6.4 and 7). With one, it is −ηΔ + momentum · δ₀. Every few steps λ is shrunk where the
     loss fell by more than 3/4 of what M had promised, and grown where it was less than 1/4 of it
-    (section 6.5).
+    (section 6.5), but not below the mean eigenvalue of the averaged factors' matrix.
 
     Args:
       learning_rate: η, a number or a schedule; None for α and μ of the quadratic model, which costs
@@ -253,7 +253,7 @@ def _factored(
                     predicted = -optax.tree.vdot(updates, change) - model / 2
                 after = problem.value(optax.apply_updates(params, change))
                 ratio = reduction_ratio(value, after, predicted).astype(state.ratio.dtype)
-                return _next(state.damping, ratio, every), ratio
+                return jnp.maximum(_next(state.damping, ratio, every), _mean(factors)), ratio
 
             damping, ratio = lax.cond(is_time & finite, judge, lambda: (state.damping, state.ratio))
         after = FactoredState(
@@ -273,8 +273,16 @@ def _factored(
 def _next(damping, ratio, every):
     """λ · ω or λ / ω with ω = `OMEGA` for every step since the last time (section 6.5)."""
     omega = jnp.asarray(OMEGA, damping.dtype) ** every
-    rule = Rule(shrink=omega, grow=1 / omega, rejected=1 / omega)
-    return jnp.maximum(adapted(damping, ratio, rule), jnp.finfo(damping.dtype).eps)
+    return adapted(damping, ratio, Rule(shrink=omega, grow=1 / omega, rejected=1 / omega))
+
+
+def _mean(factors: KroneckerFactors):
+    """The mean eigenvalue, the least damping that is adapted to.
+
+    The ratio is of one batch, and knows not what a step does to the others: without a bound λ falls
+    until steps fit their batch alone.
+    """
+    return factors.trace() / factors.space.size
 
 
 def _memory(n_examples: int) -> float:
