@@ -81,9 +81,7 @@ def precondition_by_curvature(
         del params
         return PreconditionState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
-    def update(
-        updates, state, params=None, *, curvature=None, value=None, objective=None, **extra
-    ):
+    def update(updates, state, params=None, *, curvature=None, value=None, objective=None, **extra):
         del params, extra
         if not isinstance(curvature, Curvature):
             raise TypeError(
