@@ -159,6 +159,18 @@ def test_kfac_averages_over_a_number_of_examples():
     assert not np.allclose(factors(), factors(decay=0.9), rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_damping_is_not_adapted_below_the_mean_eigenvalue(name):
+    optimizer = FAMILY[name](damping=1e-6, every=1)
+    _, state, _ = one_step(
+        optimizer, perceptron, fb.losses.squared_error, perceptron_params(), examples()
+    )
+    size = sum(x.size for x in jax.tree.leaves(perceptron_params()))
+    least = jnp.sum(ravel_pytree(state.factors.diagonal())[0]) / size
+    assert least > 1e-3
+    np.testing.assert_allclose(state.damping, least, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["gauss_newton", "natural_gradient", "kfac", "ekfac"])
 def test_much_damping_gives_the_gradients_direction(name):
     params, batch = perceptron_params(), examples()
