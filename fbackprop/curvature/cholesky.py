@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_batching import sequential_vmap
 from jax.scipy.linalg import cho_factor, cho_solve
 
@@ -58,11 +57,11 @@ def eigen(matrix) -> tuple[jax.Array, jax.Array]:
 @jax.jit  # traced once for factors of one shape
 def inverse(matrices, dampings) -> jax.Array:
     """The inverses of damped matrices, (g, n, n) with dampings (g,), one after the other."""
-    matrices = damped(matrices, dampings)
-    if len(matrices) == 1:  # without a loop, which would copy it
-        return _inverse(matrices[0])[None]
-    return lax.map(_inverse, matrices)
+    if len(matrices) == 1:  # without a loop, which takes longer to trace
+        return _inverse(matrices[0], dampings[0])[None]
+    return jax.vmap(_inverse)(matrices, dampings)
 
 
-def _inverse(matrix):
-    return cho_solve(cho_factor(matrix, lower=True), jnp.eye(len(matrix), dtype=matrix.dtype))
+def _inverse(matrix, damping):
+    factored = factor(matrix, damping)
+    return solve(factored, jnp.eye(len(factored), dtype=factored.dtype))

@@ -253,7 +253,7 @@ def _factored(
                     predicted = -optax.tree.vdot(updates, change) - model / 2
                 after = problem.value(optax.apply_updates(params, change))
                 ratio = reduction_ratio(value, after, predicted).astype(state.ratio.dtype)
-                return jnp.maximum(_next(state.damping, ratio, every), _mean(factors)), ratio
+                return _next(state.damping, ratio, every, factors), ratio
 
             damping, ratio = lax.cond(is_time & finite, judge, lambda: (state.damping, state.ratio))
         after = FactoredState(
@@ -270,19 +270,15 @@ def _factored(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _next(damping, ratio, every):
-    """λ · ω or λ / ω with ω = `OMEGA` for every step since the last time (section 6.5)."""
-    omega = jnp.asarray(OMEGA, damping.dtype) ** every
-    return adapted(damping, ratio, Rule(shrink=omega, grow=1 / omega, rejected=1 / omega))
+def _next(damping, ratio, every, factors: KroneckerFactors):
+    """λ · ω or λ / ω with ω = `OMEGA` for every step since the last time (section 6.5).
 
-
-def _mean(factors: KroneckerFactors):
-    """The mean eigenvalue, the least damping that is adapted to.
-
-    The ratio is of one batch, and knows not what a step does to the others: without a bound λ falls
-    until steps fit their batch alone.
+    Not below the factors' mean eigenvalue: the ratio is of one batch, and knows not what a step
+    does to the others. Without a bound λ falls until steps fit their batch alone.
     """
-    return factors.trace() / factors.space.size
+    omega = jnp.asarray(OMEGA, damping.dtype) ** every
+    found = adapted(damping, ratio, Rule(shrink=omega, grow=1 / omega, rejected=1 / omega))
+    return jnp.maximum(found, factors.trace() / factors.space.size)
 
 
 def _memory(n_examples: int) -> float:

@@ -1,5 +1,7 @@
 """Curvature operators: products, solutions, diagonals and matrices, each against its definition."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import naive
@@ -9,7 +11,7 @@ import zoo
 from jax.flatten_util import ravel_pytree
 
 import fbackprop as fb
-from fbackprop.curvature import dual
+from fbackprop.curvature import cholesky, dual
 
 CASES = [
     "mlp",
@@ -261,9 +263,7 @@ def test_inverse_divides_the_damping():
         np.testing.assert_allclose(after.a[0], expected, rtol=1e-9)
 
 
-def test_inverse_by_halves():
-    from fbackprop.curvature import cholesky
-
+def test_inverses_of_several_matrices():
     x = jax.random.normal(jax.random.key(0), (2, 600, 700))
     matrices = x @ x.mT / 700
     found = naive.compiled(cholesky.inverse)(matrices, jnp.array([0.1, 1.0]))
@@ -271,6 +271,14 @@ def test_inverse_by_halves():
     np.testing.assert_allclose(
         found @ damped, jnp.broadcast_to(jnp.eye(600), damped.shape), atol=1e-9
     )
+
+
+def test_factorizations_run_one_after_the_other_under_vmap():
+    """Side by side they can exhaust the threads of a client, which then waits for ever."""
+    matrices, dampings = jnp.zeros((5, 3, 40, 40)), jnp.ones((5, 3))
+    program = str(jax.make_jaxpr(jax.vmap(cholesky.inverse))(matrices, dampings))
+    shapes = re.findall(r"\[([\d,]*)\] = cholesky", program)
+    assert shapes and set(shapes) == {"40,40"}
 
 
 # --- errors ---------------------------------------------------------------------------------------
