@@ -19,7 +19,7 @@ from fbackprop.curvature.dual import GGNRows
 from fbackprop.curvature.space import Space
 from fbackprop.objective import Objective
 from fbackprop.program import is_inexact, type_of
-from fbackprop.reverse import grad, vjp
+from fbackprop.reverse import grad, value_and_grad, vjp
 
 
 class _Products(Curvature):
@@ -55,6 +55,9 @@ class GaussNewton(_Products):
       model, loss, params, batch: as of `fbackprop.sweep`.
       further, weights, key: as of `Objective`.
 
+    Attributes:
+      value: the loss, a scalar.
+
     Example:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> batch = jnp.array([[1.0, 2.0]]), jnp.array(0.0)[None]
@@ -82,12 +85,16 @@ class GaussNewton(_Products):
             leaves, structure = jax.tree.flatten(objective.predict(params, examples))
             return [x for x in leaves if is_inexact(type_of(x))], structure.unflatten(leaves)
 
-        def hessian(prediction, target, share):
-            found = hessian_map(Example(objective.loss, prediction, target, None).of_moving())
-            return Partial(_scaled, share, found)
+        def of_one(prediction, target, share):
+            example = Example(objective.loss, prediction, target, None).of_moving()
+            value, slope = value_and_grad(example.loss)(example.prediction, target)
+            slope = [_weighted(share, x) for x in jax.tree.leaves(slope)]
+            return _weighted(share, value), slope, Partial(_curved, share, hessian_map(example))
 
         moving, self._pullback, predictions = vjp(predict, objective.params, has_aux=True)
-        self._hessians = jax.vmap(hessian)(predictions, examples.target, examples.shares)
+        found = jax.vmap(of_one)(predictions, examples.target, examples.shares)
+        values, self._slopes, self._hessians = found
+        self.value = jnp.sum(values)
         blank = [jnp.zeros_like(x) for x in moving]
         _, self._pushforward = vjp(lambda ct: self._pullback(ct)[0], blank)
 
@@ -101,6 +108,10 @@ class GaussNewton(_Products):
     def quadratic(self, tree):
         change = self.pushforward(tree)
         return self.between(change, change)
+
+    def slope(self, change: list) -> jax.Array:
+        """Σₙ wₙ ∇ℓₙᵀ changeₙ of a change of predictions, as of `pushforward`: gᵀv; a scalar."""
+        return sum(map(jnp.vdot, self._slopes, change))
 
     def between(self, left: list, right: list) -> jax.Array:
         """Σₙ wₙ leftₙᵀ Hₙ rightₙ of changes of predictions, as of `pushforward`; a scalar."""
@@ -120,8 +131,12 @@ class GaussNewton(_Products):
         return self.objective.sweep(rows=GGNRows())["rows"].diagonal()
 
 
-def _scaled(share, function, v):
-    return share.astype(v.dtype) * function(v)
+def _weighted(share, x):
+    return share.astype(x.dtype) * x
+
+
+def _curved(share, hessian, v):
+    return _weighted(share, hessian(v))
 
 
 class Hessian(_Products):
@@ -156,5 +171,5 @@ def _register(cls, names: tuple[str, ...]) -> None:
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 
 
-_register(GaussNewton, ("objective", "_hessians", "_pullback", "_pushforward"))
+_register(GaussNewton, ("objective", "value", "_slopes", "_hessians", "_pullback", "_pushforward"))
 _register(Hessian, ("objective", "_pullback"))

@@ -11,7 +11,6 @@ import optax
 from jax import lax
 
 from fbackprop.curvature.factors import EigenFactors, KroneckerFactors
-from fbackprop.curvature.products import GaussNewton
 from fbackprop.objective import Objective
 from fbackprop.optim.common import (
     Pending,
@@ -26,6 +25,7 @@ from fbackprop.optim.common import (
     where,
     zero_unless,
 )
+from fbackprop.optim.quadratic import QuadraticModel, part_of, rest_of
 from fbackprop.optim.reduction import Rule, adapted, reduction_ratio
 from fbackprop.quantities import Kronecker
 
@@ -34,7 +34,10 @@ from fbackprop.quantities import Kronecker
 OMEGA = 0.9
 # Of how many examples factors are averages. Fewer make small batches diverge, more are stale: on
 # the digits at batches of 128 and on the autoencoder at 512, this many was the best of those tried.
-MEMORY, LONGEST = 2560, 0.95
+MEMORY = 2560
+# In how large a batch damping is not less than the curvature's mean eigenvalue. In larger ones it
+# may be less by the square of their number, found on digits at batches of 32 to 512.
+SMALL = 32
 
 SAMPLED = Kronecker(samples=1, vectors="joint")
 
@@ -93,21 +96,25 @@ def kfac(
     Running averages of the factors of every leaf's block are inverted every few steps, with the
     damping divided among them (`KroneckerFactors.inverse`), and precondition the gradient:
     Δ = −(A ⊗ B + λ)⁻¹ g. Without a learning rate the update is αΔ + μδ₀ with the last update δ₀ and
-    the α, μ that minimise the exact quadratic model of the batch's loss,
+    the α, μ that minimise the quadratic model of the loss,
 
     $$M(\delta) = g^T \delta + \tfrac12 \delta^T (G + \lambda I) \delta$$
 
     (sections 6.4 and 7). With one, it is −ηΔ + momentum · δ₀. Every few steps λ is shrunk where the
     loss fell by more than 3/4 of what M had promised, and grown where it was less than 1/4 of it
-    (section 6.5), but not below the mean eigenvalue of the averaged factors' matrix.
+    (section 6.5), but not below 32²/N² times the mean eigenvalue of the averaged factors' matrix.
+
+    M is of a quarter of the batch, or 64 examples if that is more, its slope as well as its
+    curvature, with what other transformations have added to the gradient; of the whole batch where
+    examples have weights.
 
     Args:
-      learning_rate: η, a number or a schedule; None for α and μ of the quadratic model, which costs
-        two more forward passes and needs no tuning.
+      learning_rate: η, a number or a schedule; None for α and μ of the quadratic model, which
+        needs no tuning.
       damping: λ at the start, in the units of the curvature.
       momentum: of a step with a learning rate.
       decay: of the running averages from one renewal to the next; they start as plain means. None
-        for 1 − N/2560, between 0 and 0.95: averages of about 2,560 examples.
+        for max(0, 1 − N/2560): averages of about 2,560 examples.
       every: after how many steps factors, inverses and damping are renewed.
       adaptive: whether λ follows the loss.
       norm_constraint: the largest −η² gᵀΔ of a step with a learning rate: longer steps are scaled
@@ -117,9 +124,9 @@ def kfac(
       seed: of the samples, where the objective has no key.
 
     Returns:
-      A transformation whose `update` takes ``objective=``, an `Objective`, and may be given
-      ``value=``, the loss at the parameters. Its state is complete after the first update, or from
-      the start with `Step.init`.
+      A transformation whose `update` takes ``objective=``, an `Objective`, and should be given
+      ``grad=``, the gradient as it was before other transformations, or has to compute it for α and
+      μ. Its state is complete after the first update, or from the start with `Step.init`.
     """
     solver = Solver(
         make=lambda factors, damping: factors.inverse(damping),
@@ -213,12 +220,12 @@ def _factored(
         made = solver.update(make(factors, state.damping), objective, key)
         return where(is_finite(made), (factors, made), (state.factors, state.solver))
 
-    def update(updates, state, params=None, *, objective=None, value=None, **extra):
+    def update(updates, state, params=None, *, objective=None, grad=None, **extra):
         del extra
         check_updates(who, updates, params)
         problem = objective_of(objective, updates, who)
         state = complete(state, objective)
-        value = problem.value() if value is None else value
+        part = part_of(problem)
         key = jax.random.fold_in(jax.random.key(seed), state.steps)
         is_time = state.steps % every == 0
         factors, made = lax.cond(
@@ -227,33 +234,33 @@ def _factored(
             lambda: (state.factors, state.solver),
         )
         direction = optax.tree.scale(-1.0, solver.solve(made, updates, state.damping))
+        both = direction, state.velocity
+
+        def model(rest=None):
+            return QuadraticModel.of(part, both, state.damping, rest)
+
+        found = None
         if learning_rate is None:
-            change, promised = _by_quadratic_model(
-                problem, updates, direction, state.velocity, state.damping
-            )
+            found = model(rest_of(updates, grad, objective))
+            weights = found.minimum()
         else:
             rate = at_step(learning_rate, state.steps)
             if norm_constraint is not None:
                 size = -optax.tree.vdot(updates, direction) * rate**2
                 rate = rate * jnp.sqrt(jnp.minimum(1, norm_constraint / jnp.maximum(size, 1e-30)))
-            change = optax.tree.add(
-                optax.tree.scale(rate, direction), optax.tree.scale(momentum, state.velocity)
-            )
-            promised = None
+            weights = jnp.array([rate, momentum])
+        change = jax.tree.map(lambda x, y: weights[0] * x + weights[1] * y, *both)
         finite = is_finite(change)
         change = optax.tree.cast_like(zero_unless(finite, change), params)
         damping, ratio = state.damping, state.ratio
         if adaptive:
 
             def judge():
-                predicted = promised
-                if promised is None:
-                    square = optax.tree.vdot(change, change)
-                    model = GaussNewton.of(problem).quadratic(change) + state.damping * square
-                    predicted = -optax.tree.vdot(updates, change) - model / 2
-                after = problem.value(optax.apply_updates(params, change))
-                ratio = reduction_ratio(value, after, predicted).astype(state.ratio.dtype)
-                return _next(state.damping, ratio, every, factors), ratio
+                of_part = model() if found is None else found
+                after = part.value(optax.apply_updates(params, change))
+                promised = of_part.promised(weights)
+                ratio = reduction_ratio(of_part.value, after, promised).astype(state.ratio.dtype)
+                return _next(state.damping, ratio, every, factors, problem.n_examples), ratio
 
             damping, ratio = lax.cond(is_time & finite, judge, lambda: (state.damping, state.ratio))
         after = FactoredState(
@@ -270,52 +277,19 @@ def _factored(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _next(damping, ratio, every, factors: KroneckerFactors):
+def _next(damping, ratio, every, factors: KroneckerFactors, n_examples: int):
     """λ · ω or λ / ω with ω = `OMEGA` for every step since the last time (section 6.5).
 
-    Not below the factors' mean eigenvalue: the ratio is of one batch, and knows not what a step
-    does to the others. Without a bound λ falls until steps fit their batch alone.
+    Not below the mean eigenvalue of the factors' matrix, times `SMALL`²/N²: the ratio is of one
+    batch, and knows not what a step does to the others. Without a bound λ falls until steps fit
+    their batch alone, and the sooner the fewer examples it has.
     """
     omega = jnp.asarray(OMEGA, damping.dtype) ** every
     found = adapted(damping, ratio, Rule(shrink=omega, grow=1 / omega, rejected=1 / omega))
-    return jnp.maximum(found, factors.trace() / factors.space.size)
+    least = (SMALL / n_examples) ** 2 * factors.trace() / factors.space.size
+    return jnp.maximum(found, least)
 
 
 def _memory(n_examples: int) -> float:
     """The decay with which averages are of about `MEMORY` examples."""
-    return min(max(1 - n_examples / MEMORY, 0.0), LONGEST)
-
-
-def _by_quadratic_model(objective: Objective, gradient, direction, velocity, damping):
-    """αΔ + μδ₀ at the minimum of the quadratic model, and the reduction that it promises."""
-    operator = GaussNewton.of(objective)
-    pushed = [operator.pushforward(x) for x in (direction, velocity)]
-    *both, gradient = (_packed(x) for x in (direction, velocity, gradient))
-    dot = optax.tree.vdot
-
-    def between(i, j):
-        return operator.between(pushed[i], pushed[j]) + damping * dot(both[i], both[j])
-
-    across = between(0, 1)
-    matrix = jnp.array([[between(0, 0), across], [across, between(1, 1)]])
-    slope = jnp.array([dot(gradient, x) for x in both])
-    weights = -_solved(matrix, slope)
-    change = jax.tree.map(lambda x, y: weights[0] * x + weights[1] * y, direction, velocity)
-    return change, -(slope @ weights) / 2
-
-
-def _packed(tree) -> list:
-    """The leaves, with all vectors as one: a product of two trees is compiled leaf by leaf."""
-    leaves = jax.tree.leaves(tree)
-    vectors = [jnp.ravel(x) for x in leaves if x.ndim < 2]
-    return [x for x in leaves if x.ndim > 1] + ([jnp.concatenate(vectors)] if vectors else [])
-
-
-def _solved(matrix, slope):
-    """The solution of two equations, scaled to a unit diagonal; 0 for a row of zeros."""
-    scale = jnp.sqrt(jnp.diagonal(matrix))
-    scale = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
-    s, t = scale * slope
-    across = matrix[0, 1] * scale[0] * scale[1]
-    rest = jnp.maximum(1 - across**2, 10 * jnp.finfo(matrix.dtype).eps)
-    return scale * jnp.stack([s - across * t, t - across * s]) / rest
+    return max(1 - n_examples / MEMORY, 0.0)

@@ -1,5 +1,7 @@
 """The Gauss-Newton family: what theory says of its steps, and optax's contracts."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import fbackprop as fb
+from fbackprop.optim.quadratic import QuadraticModel, part_of
 
 FAMILY = {
     "gauss_newton": fb.optim.gauss_newton,
@@ -159,16 +162,16 @@ def test_kfac_averages_over_a_number_of_examples():
     assert not np.allclose(factors(), factors(decay=0.9), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["kfac", "ekfac"])
-def test_damping_is_not_adapted_below_the_mean_eigenvalue(name):
+@pytest.mark.parametrize(("name", "n"), [("kfac", 16), ("kfac", 64), ("ekfac", 16)])
+def test_damping_is_not_adapted_below_a_part_of_the_mean_eigenvalue(name, n):
     optimizer = FAMILY[name](damping=1e-6, every=1)
     _, state, _ = one_step(
-        optimizer, perceptron, fb.losses.squared_error, perceptron_params(), examples()
+        optimizer, perceptron, fb.losses.squared_error, perceptron_params(), examples(n)
     )
     size = sum(x.size for x in jax.tree.leaves(perceptron_params()))
-    least = jnp.sum(ravel_pytree(state.factors.diagonal())[0]) / size
-    assert least > 1e-3
-    np.testing.assert_allclose(state.damping, least, rtol=1e-5)
+    mean = jnp.sum(ravel_pytree(state.factors.diagonal())[0]) / size
+    assert mean > 1e-3
+    np.testing.assert_allclose(state.damping, mean * (32 / n) ** 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gauss_newton", "natural_gradient", "kfac", "ekfac"])
@@ -192,6 +195,46 @@ def test_the_quadratic_models_step_is_its_minimum():
     problem = fb.Objective(linear, fb.losses.squared_error, params, batch)
     values = [problem.value(params + k * (found - params)) for k in (0.95, 1.0, 1.05)]
     assert values[1] <= min(values[0], values[2])
+
+
+@pytest.mark.parametrize(("n", "size"), [(100, 100), (128, 64), (200, 67), (512, 128)])
+def test_the_quadratic_model_is_of_a_part_of_a_large_batch(n, size):
+    """What its slope and its curvature are is seen on a batch whose parts are all the same."""
+    batch = jax.tree.map(lambda x: jnp.repeat(x, n // size, axis=0), examples(size))
+    whole = fb.Objective(perceptron, fb.losses.squared_error, perceptron_params(), batch)
+    part = part_of(whole)
+    assert part.n_examples == part_of(replace(whole, batch=examples(n))).n_examples == size
+    assert part_of(replace(whole, weights=jnp.ones(len(batch[0])))).n_examples == len(batch[0])
+    directions = [jax.tree.map(lambda x, k=k: normal(k, *x.shape), whole.params) for k in (5, 6)]
+    model = QuadraticModel.of(part, directions, 0.1)
+    value, gradient = whole.value_and_gradient()
+    curvature = fb.GaussNewton.of(whole)
+    w = jnp.array([0.5, -2.0])
+    change = jax.tree.map(lambda x, y: w[0] * x + w[1] * y, *directions)
+    quadratic = curvature.quadratic(change) + 0.1 * optax.tree.vdot(change, change)
+    expected = -optax.tree.vdot(gradient, change) - quadratic / 2
+    np.testing.assert_allclose(model.promised(w), expected, rtol=1e-5)
+    np.testing.assert_allclose(model.value, value, rtol=1e-5)
+
+
+def test_the_length_of_a_step_is_of_what_the_gradient_has_become():
+    """Weight decay counts in the model's slope, whether the gradient is passed or not."""
+    decay, damping = 0.5, 0.1
+    optimizer = optax.chain(
+        optax.add_decayed_weights(decay), fb.optim.kfac(damping=damping, adaptive=False)
+    )
+    params, batch = perceptron_params(), examples()
+    problem = fb.Objective(perceptron, fb.losses.squared_error, params, batch)
+    _, gradient = problem.value_and_gradient()
+    change, _ = one_step(optimizer, problem.model, problem.loss, params, batch)[:2]
+    change = optax.tree.sub(change, params)
+    state = optimizer.init(params)
+    alone, _ = optimizer.update(gradient, state, params, objective=problem)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), change, alone)
+    slope = optax.tree.vdot(optax.tree.add_scale(gradient, decay, params), change)
+    quadratic = fb.GaussNewton.of(problem).quadratic(change)
+    quadratic += damping * optax.tree.vdot(change, change)
+    np.testing.assert_allclose(-slope, quadratic, rtol=1e-4)  # the minimum along the change
 
 
 def test_levenberg_marquardt_refuses_a_step_that_raises_the_loss():
