@@ -175,6 +175,10 @@ class KroneckerBlock(Block):
         a, b = diagonal_of(self.a), diagonal_of(self.b)
         return a[:, :, None] * b[:, None, :]
 
+    def trace(self) -> jax.Array:
+        """Its sum, a scalar."""
+        return jnp.vdot(*(jnp.sum(diagonal_of(x), axis=1) for x in (self.a, self.b)))
+
     def dense(self) -> jax.Array:
         """The parts as matrices, (g, i o, i o)."""
         product = jnp.einsum("gij,gop->giojp", matrices_of(self.a), self.b)
@@ -225,6 +229,10 @@ class EigenBlock(Block):
         """The diagonal, (g, i, o)."""
         a = jnp.eye(self.values.shape[1])[None] if self.a is None else self.a
         return a**2 @ self.values @ (self.b**2).mT
+
+    def trace(self):
+        """Its sum, a scalar."""
+        return jnp.sum(self.values)
 
     def dense(self):
         """The parts as matrices, (g, i o, i o)."""

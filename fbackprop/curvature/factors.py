@@ -80,6 +80,11 @@ class _Blocks(Curvature):
     def diagonal(self):
         return self._restored([block.diagonal() for _, block in self._all])
 
+    def trace(self, key=None, samples: int = 100):
+        if key is not None:
+            return super().trace(key, samples)
+        return sum((block.trace() for _, block in self._all), jnp.zeros((), self.space.dtype))
+
     def dense(self):
         sizes = self.space.sizes
         starts, total = np.cumsum([0, *sizes]), sum(sizes)
