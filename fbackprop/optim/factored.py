@@ -35,6 +35,8 @@ OMEGA = 0.9
 # Of how many examples factors are averages. Fewer make small batches diverge, more are stale: on
 # the digits at batches of 128 and on the autoencoder at 512, this many was the best of those tried.
 MEMORY = 2560
+# In how many steps at the start factors are renewed every time: the first are of random weights.
+EARLY = 5
 # In how large a batch damping is not less than the curvature's mean eigenvalue. In larger ones it
 # may be less by the square of their number, found on digits at batches of 32 to 512.
 SMALL = 32
@@ -115,7 +117,8 @@ def kfac(
       momentum: of a step with a learning rate.
       decay: of the running averages from one renewal to the next; they start as plain means. None
         for max(0, 1 − N/2560): averages of about 2,560 examples.
-      every: after how many steps factors, inverses and damping are renewed.
+      every: after how many steps factors, inverses and damping are renewed; factors and inverses
+        in each of the first five steps, too.
       adaptive: whether λ follows the loss.
       norm_constraint: the largest −η² gᵀΔ of a step with a learning rate: longer steps are scaled
         down to it, a trust region in the model's distribution (Ba, Grosse and Martens 2017,
@@ -187,6 +190,8 @@ def _factored(
     if norm_constraint is not None:
         check_positive(who, norm_constraint=norm_constraint)
 
+    early = jnp.minimum(EARLY, every)
+
     # Compiled, so that their traces are kept: the state's shapes take one, the step another.
 
     @jax.jit
@@ -213,9 +218,9 @@ def _factored(
     def refreshed(state: FactoredState, objective: Objective, key):
         """New factors averaged into the old, and what solves with them; the old if not finite."""
         new = measure(objective, key)
-        steps = state.steps // every
+        renewals = jnp.minimum(state.steps, early - 1) + state.steps // every
         most = _memory(objective.n_examples) if decay is None else decay
-        keep = jnp.minimum(steps / (steps + 1), most)  # a plain mean to begin with
+        keep = jnp.minimum(renewals / (renewals + 1), most)  # a plain mean to begin with
         factors = optax.tree.update_moment(new, state.factors, keep, 1)
         made = solver.update(make(factors, state.damping), objective, key)
         return where(is_finite(made), (factors, made), (state.factors, state.solver))
@@ -229,7 +234,7 @@ def _factored(
         key = jax.random.fold_in(jax.random.key(seed), state.steps)
         is_time = state.steps % every == 0
         factors, made = lax.cond(
-            is_time,
+            is_time | (state.steps < early),
             lambda: refreshed(state, problem, key),
             lambda: (state.factors, state.solver),
         )

@@ -162,6 +162,19 @@ def test_kfac_averages_over_a_number_of_examples():
     assert not np.allclose(factors(), factors(decay=0.9), rtol=1e-4)
 
 
+def test_factors_are_renewed_in_the_first_five_steps_and_then_now_and_then():
+    optimizer = fb.optim.kfac(every=8)
+    step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
+    params, batch = perceptron_params(), examples()
+    state, renewed = step.init(params, batch), []
+    for k in range(10):
+        before = ravel_pytree((state.factors, state.solver))[0]
+        params, state, _ = step(params, state, batch)
+        if jnp.any(before != ravel_pytree((state.factors, state.solver))[0]):
+            renewed.append(k)
+    assert renewed == [0, 1, 2, 3, 4, 8]
+
+
 @pytest.mark.parametrize(("name", "n"), [("kfac", 16), ("kfac", 64), ("ekfac", 16)])
 def test_damping_is_not_adapted_below_a_part_of_the_mean_eigenvalue(name, n):
     optimizer = FAMILY[name](damping=1e-6, every=1)
@@ -197,7 +210,7 @@ def test_the_quadratic_models_step_is_its_minimum():
     assert values[1] <= min(values[0], values[2])
 
 
-@pytest.mark.parametrize(("n", "size"), [(100, 100), (128, 64), (200, 67), (512, 128)])
+@pytest.mark.parametrize(("n", "size"), [(100, 100), (128, 64), (200, 67), (1024, 128)])
 def test_the_quadratic_model_is_of_a_part_of_a_large_batch(n, size):
     """What its slope and its curvature are is seen on a batch whose parts are all the same."""
     batch = jax.tree.map(lambda x: jnp.repeat(x, n // size, axis=0), examples(size))
