@@ -106,7 +106,7 @@ def kfac(
     loss fell by more than 3/4 of what M had promised, and grown where it was less than 1/4 of it
     (section 6.5), but not below 32²/N² times the mean eigenvalue of the averaged factors' matrix.
 
-    M is of an eighth of the batch, or 64 examples if that is more, its slope as well as its
+    M is of an eighth of the batch, or 128 examples if that is more, its slope as well as its
     curvature, with what other transformations have added to the gradient; of the whole batch where
     examples have weights.
 
