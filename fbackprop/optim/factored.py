@@ -35,10 +35,10 @@ OMEGA = 0.9
 # Of how many examples factors are averages. Fewer make small batches diverge, more are stale: on
 # the digits at batches of 128 and on the autoencoder at 512, this many was the best of those tried.
 MEMORY = 2560
-# In how many steps at the start factors are renewed every time: the first are of random weights.
+# In so many steps at the start factors are renewed every time: curvature changes fast then.
 EARLY = 5
-# In how large a batch damping is not less than the curvature's mean eigenvalue. In larger ones it
-# may be less by the square of their number, found on digits at batches of 32 to 512.
+# In a batch of so many damping is not less than the curvature's mean eigenvalue, in a larger one it
+# may be less by the square of the number. On digits at batches of 32 to 512 less than this diverges.
 SMALL = 32
 
 SAMPLED = Kronecker(samples=1, vectors="joint")
@@ -190,8 +190,6 @@ def _factored(
     if norm_constraint is not None:
         check_positive(who, norm_constraint=norm_constraint)
 
-    early = jnp.minimum(EARLY, every)
-
     # Compiled, so that their traces are kept: the state's shapes take one, the step another.
 
     @jax.jit
@@ -218,7 +216,7 @@ def _factored(
     def refreshed(state: FactoredState, objective: Objective, key):
         """New factors averaged into the old, and what solves with them; the old if not finite."""
         new = measure(objective, key)
-        renewals = jnp.minimum(state.steps, early - 1) + state.steps // every
+        renewals = jnp.minimum(state.steps, _early(every) - 1) + state.steps // every
         most = _memory(objective.n_examples) if decay is None else decay
         keep = jnp.minimum(renewals / (renewals + 1), most)  # a plain mean to begin with
         factors = optax.tree.update_moment(new, state.factors, keep, 1)
@@ -234,7 +232,7 @@ def _factored(
         key = jax.random.fold_in(jax.random.key(seed), state.steps)
         is_time = state.steps % every == 0
         factors, made = lax.cond(
-            is_time | (state.steps < early),
+            is_time | (state.steps < _early(every)),
             lambda: refreshed(state, problem, key),
             lambda: (state.factors, state.solver),
         )
@@ -280,6 +278,11 @@ def _factored(
         return change, after
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _early(every):
+    """How many steps count as the first, in which factors are renewed every time."""
+    return jnp.minimum(EARLY, every)
 
 
 def _next(damping, ratio, every, factors: KroneckerFactors, n_examples: int):
