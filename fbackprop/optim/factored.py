@@ -38,7 +38,7 @@ MEMORY = 2560
 # In so many steps at the start factors are renewed every time: curvature changes fast then.
 EARLY = 5
 # In a batch of so many damping is not less than the curvature's mean eigenvalue, in a larger one it
-# may be less by the square of the number. On digits at batches of 32 to 512 less than this diverges.
+# may be less by the square of the number. With a quarter of that digits diverge at batches of 32.
 SMALL = 32
 
 SAMPLED = Kronecker(samples=1, vectors="joint")
