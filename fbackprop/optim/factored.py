@@ -108,7 +108,8 @@ def kfac(
 
     M is of an eighth of the batch, or 128 examples if that is more, its slope as well as its
     curvature, with what other transformations have added to the gradient; of the whole batch where
-    examples have weights.
+    examples have weights. Batches of fewer than 32 say too little of the other examples: give these
+    a learning rate, and ``adaptive=False``.
 
     Args:
       learning_rate: η, a number or a schedule; None for α and μ of the quadratic model, which
