@@ -89,7 +89,7 @@ class GaussNewton(_Products):
             example = Example(objective.loss, prediction, target, None).of_moving()
             value, slope = value_and_grad(example.loss)(example.prediction, target)
             slope = [_weighted(share, x) for x in jax.tree.leaves(slope)]
-            return _weighted(share, value), slope, Partial(_curved, share, hessian_map(example))
+            return _weighted(share, value), slope, Partial(_product, share, hessian_map(example))
 
         moving, self._pullback, predictions = vjp(predict, objective.params, has_aux=True)
         found = jax.vmap(of_one)(predictions, examples.target, examples.shares)
@@ -135,7 +135,7 @@ def _weighted(share, x):
     return share.astype(x.dtype) * x
 
 
-def _curved(share, hessian, v):
+def _product(share, hessian, v):
     return _weighted(share, hessian(v))
 
 

@@ -239,14 +239,11 @@ def _factored(
         )
         direction = optax.tree.scale(-1.0, solver.solve(made, updates, state.damping))
         both = direction, state.velocity
-
-        def model(rest=None):
-            return QuadraticModel.of(part, both, state.damping, rest)
-
-        found = None
+        model = None  # with a learning rate it is needed now and then alone, by `judge`
         if learning_rate is None:
-            found = model(rest_of(updates, grad, objective))
-            weights = found.minimum()
+            rest = rest_of(updates, grad, objective)
+            model = QuadraticModel.of(part, both, state.damping, rest)
+            weights = model.minimum()
         else:
             rate = at_step(learning_rate, state.steps)
             if norm_constraint is not None:
@@ -260,10 +257,10 @@ def _factored(
         if adaptive:
 
             def judge():
-                of_part = model() if found is None else found
+                expected = model or QuadraticModel.of(part, both, state.damping)
                 after = part.value(optax.apply_updates(params, change))
-                promised = of_part.promised(weights)
-                ratio = reduction_ratio(of_part.value, after, promised).astype(state.ratio.dtype)
+                promised = expected.promised(weights)
+                ratio = reduction_ratio(expected.value, after, promised).astype(state.ratio.dtype)
                 return _next(state.damping, ratio, every, factors, problem.n_examples), ratio
 
             damping, ratio = lax.cond(is_time & finite, judge, lambda: (state.damping, state.ratio))

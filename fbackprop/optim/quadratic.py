@@ -50,7 +50,8 @@ class QuadraticModel(NamedTuple):
         slope = jnp.stack([operator.slope(x) for x in moved])
         beyond = jnp.zeros_like(slope)
         if rest is not None:
-            beyond = jnp.stack([dot(_packed(rest), x) for x in packed])
+            rest = _packed(rest)
+            beyond = jnp.stack([dot(rest, x) for x in packed])
         return cls(operator.value, slope, beyond, matrix)
 
     def minimum(self) -> jax.Array:
