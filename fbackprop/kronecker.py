@@ -175,10 +175,6 @@ class KroneckerBlock(Block):
         a, b = diagonal_of(self.a), diagonal_of(self.b)
         return a[:, :, None] * b[:, None, :]
 
-    def trace(self) -> jax.Array:
-        """Its sum, a scalar."""
-        return jnp.vdot(*(jnp.sum(diagonal_of(x), axis=1) for x in (self.a, self.b)))
-
     def dense(self) -> jax.Array:
         """The parts as matrices, (g, i o, i o)."""
         product = jnp.einsum("gij,gop->giojp", matrices_of(self.a), self.b)
@@ -230,10 +226,6 @@ class EigenBlock(Block):
         a = jnp.eye(self.values.shape[1])[None] if self.a is None else self.a
         return a**2 @ self.values @ (self.b**2).mT
 
-    def trace(self):
-        """Its sum, a scalar."""
-        return jnp.sum(self.values)
-
     def dense(self):
         """The parts as matrices, (g, i o, i o)."""
         g, i, o = self.values.shape
@@ -257,18 +249,14 @@ def block_of_sites(
     """
     n_places = sum(site.places for site in sites)
     into: list[Dense | OneHot] = [site.rows for site in sites]
+    if bias is not None:
+        into = [_with_one(p) for p in into]
     out: list[Dense | OneHot] = [Dense(site.b) for site in sites]
     if sharing == "reduce":
         into = [Dense(sum(map(_over_places, into)) / n_places**0.5)]
         out = [Dense(sum(map(_over_places, out)))]
     a = _sum([_outer(p, shares) for p in into]) / n_places
     b = _sum([_outer(q, counts) for q in out])
-    if bias is not None:
-        # The places of a site have an activation of 1 each; in "reduce" its sum is scaled, too.
-        line = _sum([_first_moment(p, shares) for p in into])
-        line /= n_places if sharing == "expand" else n_places**0.5
-        corner = jnp.sum(jnp.broadcast_to(shares, len(sites[0].b))).astype(a.dtype)
-        a = _bordered(a, line, corner)
     return KroneckerBlock(a, b, sites[0].layout, place_of(view, start), bias)
 
 
@@ -314,7 +302,10 @@ def matrices_of(factor):
 
 def diagonal_of(factor):
     """The diagonal (g, f) of a factor, or of its diagonal."""
-    return factor if factor.ndim == 2 else jnp.diagonal(factor, axis1=1, axis2=2)
+    if factor.ndim == 2:
+        return factor
+    g, f, _ = factor.shape
+    return factor.reshape(g, f * f)[:, :: f + 1]
 
 
 def _sum(outers: Sequence):
@@ -322,6 +313,13 @@ def _sum(outers: Sequence):
     if len({x.ndim for x in outers}) > 1:
         outers = [matrices_of(x) for x in outers]
     return functools.reduce(jnp.add, outers)
+
+
+def _with_one(p: Dense | OneHot) -> Dense:
+    """The vectors with one element more, a 1: what a bias meets where the others meet a weight."""
+    assert isinstance(p, Dense)  # tables have no row for a bias
+    widths = [(0, int(axis == "f")) for axis in p.axes]
+    return Dense(jnp.pad(p.x, widths, constant_values=1), p.axes)
 
 
 def _over_places(p: Dense | OneHot):
@@ -352,23 +350,6 @@ def _outer(p: Dense | OneHot, shares):
     return _squared(x * roots.astype(x.dtype), p)
 
 
-def _first_moment(p: Dense | OneHot, shares):
-    """Σ shares pₜ over examples and places, (g, f), of one column."""
-    assert isinstance(p, Dense)  # tables have no row for a bias
-    x = wide(p.x)
-    if jnp.ndim(shares) == 0:
-        return shares * contract(f"{p.term()}->gf", x)
-    return contract(f"{p.term()},n->gf", x, shares.astype(x.dtype))
-
-
-def _bordered(a, line, corner):
-    """Matrices (g, i, i) with one row and column more: (g, i), and a number on the diagonal."""
-    corner = jnp.broadcast_to(corner, (len(a), 1, 1))
-    top = jnp.concatenate([a, line[:, :, None]], axis=2)
-    bottom = jnp.concatenate([line[:, None], corner], axis=2)
-    return jnp.concatenate([top, bottom], axis=1)
-
-
 def _squared(x, p: Dense):
     """Σ pₜ pₜᵀ for the array x of a factor, (g, f, f)."""
     if "g" in p.axes and x.shape[p.axes.index("g")] > 1:
@@ -388,7 +369,7 @@ def symmetric_product(x, axis: int):
     """
     size, length = x.shape[axis], x.shape[1 - axis]
     summed = ((1 - axis,), (1 - axis,)), ((), ())
-    if size <= 256 or length < size:
+    if size <= 256 or length < 2 * size:
         return lax.dot_general(x, x, summed)
     first, second = jnp.split(x, [size // 2], axis)
     across = lax.dot_general(first, second, summed)

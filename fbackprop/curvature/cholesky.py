@@ -10,24 +10,14 @@ from jax.scipy.linalg import cho_factor, cho_solve
 from fbackprop.sites import wide
 
 
-def floor(matrix) -> jax.Array:
-    """The least damping of matrices (…, n, n), max(n · ε, ε^¾) times the largest diagonal element.
+def floor(n: int, largest) -> jax.Array:
+    """The least damping of a matrix (n, n) with this largest diagonal element.
 
-    A Cholesky factor needs n · ε. Along what is singular a solution has errors of ε / damping,
-    relative to the right-hand side: with ε^¾ these are ε^¼.
+    It is max(n · ε, ε^¾) times that. A Cholesky factor needs n · ε. Along what is singular a
+    solution has errors of ε / damping, relative to the right-hand side: with ε^¾ these are ε^¼.
     """
-    n, matrix = matrix.shape[-1], wide(matrix)
-    largest = jnp.max(jnp.abs(jnp.diagonal(matrix, axis1=-2, axis2=-1)), axis=-1)
-    eps = jnp.finfo(matrix.dtype).eps
+    eps = jnp.finfo(largest.dtype).eps
     return max(n * eps, eps**0.75) * jnp.where(largest > 0, largest, 1)
-
-
-def damped(matrix, damping) -> jax.Array:
-    """``matrix + damping I``, the damping not below the floor; matrices (…, n, n), dampings (…)."""
-    matrix = wide(matrix)
-    damping = jnp.maximum(jnp.asarray(damping, matrix.dtype), floor(matrix))
-    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
-    return matrix + jnp.multiply.outer(damping, eye)
 
 
 # Under vmap one after the other: batched factorizations that run side by side can exhaust the
@@ -36,8 +26,11 @@ def damped(matrix, damping) -> jax.Array:
 
 @sequential_vmap
 def factor(matrix, damping) -> jax.Array:
-    """The lower Cholesky factor of a damped matrix, for `solve`."""
-    return cho_factor(damped(matrix, damping), lower=True)[0]
+    """The lower Cholesky factor of ``matrix + damping I``, the damping raised to the floor."""
+    matrix = wide(matrix)
+    least = floor(len(matrix), jnp.max(jnp.abs(jnp.diagonal(matrix))))
+    damping = jnp.maximum(jnp.asarray(damping, matrix.dtype), least)
+    return cho_factor(matrix + damping * jnp.eye(len(matrix), dtype=matrix.dtype), lower=True)[0]
 
 
 @sequential_vmap
@@ -56,12 +49,18 @@ def eigen(matrix) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit  # traced once for factors of one shape
 def inverse(matrices, dampings) -> jax.Array:
-    """The inverses of damped matrices, (g, n, n) with dampings (g,), one after the other."""
+    """The inverses of ``matrices + dampings I``, (g, n, n) and (g,), one after the other.
+
+    The dampings are not raised: they are to be the `floor` at least.
+    """
     if len(matrices) == 1:  # without a loop, which takes longer to trace
         return _inverse(matrices[0], dampings[0])[None]
     return jax.vmap(_inverse)(matrices, dampings)
 
 
+@sequential_vmap
 def _inverse(matrix, damping):
-    factored = factor(matrix, damping)
-    return solve(factored, jnp.eye(len(factored), dtype=factored.dtype))
+    matrix = wide(matrix)
+    eye = jnp.eye(len(matrix), dtype=matrix.dtype)
+    # LAPACK reads columns. A symmetric matrix is transposed for it instead of copied.
+    return cho_solve(cho_factor((matrix + damping * eye).T, lower=True), eye).T

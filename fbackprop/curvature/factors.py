@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,11 +80,6 @@ class _Blocks(Curvature):
     def diagonal(self):
         return self._restored([block.diagonal() for _, block in self._all])
 
-    def trace(self, key=None, samples: int = 100):
-        if key is not None:
-            return super().trace(key, samples)
-        return sum((block.trace() for _, block in self._all), jnp.zeros((), self.space.dtype))
-
     def dense(self):
         sizes = self.space.sizes
         starts, total = np.cumsum([0, *sizes]), sum(sizes)
@@ -145,7 +140,22 @@ class KroneckerFactors(_Blocks):
         (Martens and Grosse 2015, section 6.3). A vector's block is inverted exactly. The damping
         of each factor is raised to max(n · ε, ε^¾) times its largest diagonal element.
         """
-        return KroneckerFactors(self.merged()._each(lambda block: _inverse(block, damping)))
+        merged = self.merged()
+        factors = iter(merged._factors())
+        return KroneckerFactors(
+            merged._each(lambda block: _inverse(block, next(factors), next(factors), damping))
+        )
+
+    def trace(self, key=None, samples: int = 100):
+        if key is not None:
+            return super().trace(key, samples)
+        traces = iter([f.size * f.mean for f in self._factors()])
+        total = jnp.zeros((), self.space.dtype)
+        return sum((jnp.vdot(a, b) for a, b in zip(traces, traces, strict=True)), total)
+
+    def _factors(self) -> list[_Factor]:
+        """The factors of all blocks, two for each."""
+        return _factors([x for _, block in self._all for x in (block.a, block.b)])
 
     def eigen(self) -> EigenFactors:
         """The eigendecomposition of the operator, `merged`."""
@@ -201,6 +211,11 @@ class EigenFactors(_Blocks):
 
         return EigenFactors(self._map(of_leaf, values))
 
+    def trace(self, key=None, samples: int = 100):
+        if key is not None:
+            return super().trace(key, samples)
+        return sum(map(jnp.sum, jax.tree.leaves(self.values)), jnp.zeros((), self.space.dtype))
+
     @property
     def values(self):
         """A tree of tuples of the blocks' values."""
@@ -214,35 +229,68 @@ def _is_blocks(x) -> bool:
 # --- one block ------------------------------------------------------------------------------------
 
 
-def _inverse(block: KroneckerBlock, damping) -> KroneckerBlock:
-    a, b = (
-        cholesky.inverse(x, part) if x.ndim == 3 else _reciprocal(x, part)
-        for x, part in _divided(block, damping)
-    )
-    return dataclasses.replace(block, a=a, b=b)
+class _Factor(NamedTuple):
+    """A factor, or its diagonal, and what its inverse depends on besides.
+
+    Attributes:
+      x: (g, f, f) or (g, f).
+      mean, largest: of the diagonal, (g,).
+    """
+
+    x: jax.Array
+    mean: jax.Array
+    largest: jax.Array
+
+    @property
+    def size(self) -> int:
+        """f."""
+        return self.x.shape[1]
+
+    def scaled(self, scale) -> _Factor:
+        """Times numbers (g,) that are not negative."""
+        x = self.x * scale.reshape(-1, *(1,) * (self.x.ndim - 1))
+        return _Factor(x, self.mean * scale, self.largest * scale)
+
+    def inverse(self, damping) -> jax.Array:
+        """That of the factor plus dampings (g,), raised to the floor."""
+        if self.x.ndim == 3:
+            least = cholesky.floor(self.size, self.largest)
+            return cholesky.inverse(self.x, jnp.maximum(damping, least))
+        least = jnp.finfo(self.x.dtype).eps * self.largest
+        total = self.x + jnp.maximum(damping, least)[:, None]
+        return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
 
 
-def _divided(block: KroneckerBlock, damping) -> tuple[tuple, tuple]:
-    """The factors of a block, each with its part of the damping, (g,)."""
-    a, b = block.a, block.b
-    damping = jnp.broadcast_to(jnp.asarray(damping, b.dtype), len(b))
-    one, nothing = jnp.ones_like(b[:, :1, :1]), jnp.zeros_like(damping)
-    if a.shape[1] == 1:  # a number, and the damping is all the other's
-        return (one[:, 0], nothing), (a.reshape(-1, 1, 1) * b, damping)
-    if b.shape[1] == 1:
-        return (a * (b[:, 0] if a.ndim == 2 else b), damping), (one, nothing)
-    mean_a, mean_b = (jnp.mean(diagonal_of(x), axis=-1) for x in (a, b))
-    both = (mean_a > 0) & (mean_b > 0)
-    pi = jnp.sqrt(jnp.where(both, mean_a, 1) / jnp.where(both, mean_b, 1))
+def _factors(matrices: Sequence) -> list[_Factor]:
+    """Factors (g, f, f), or their diagonals (g, f); the diagonals of all are looked at as one.
+
+    Compiling takes as long for the sum of a short vector as for that of a long one.
+    """
+    diagonals = [diagonal_of(x) for x in matrices]
+    counts = [len(x) for x in diagonals]
+    lengths = np.repeat([x.shape[1] for x in diagonals], counts)
+    rows = np.repeat(np.arange(sum(counts)), lengths)
+    line = jnp.concatenate([x.reshape(-1) for x in diagonals])
+    sums = jax.ops.segment_sum(line, rows, sum(counts), indices_are_sorted=True)
+    largest = jax.ops.segment_max(line, rows, sum(counts), indices_are_sorted=True)
+    ends = np.cumsum(counts)[:-1]
+    means = jnp.split(sums / lengths.astype(line.dtype), ends)
+    return [_Factor(*each) for each in zip(matrices, means, jnp.split(largest, ends), strict=True)]
+
+
+def _inverse(block: KroneckerBlock, a: _Factor, b: _Factor, damping) -> KroneckerBlock:
+    """That of a block of these factors, the damping divided among them."""
+    damping = jnp.broadcast_to(jnp.asarray(damping, b.x.dtype), len(b.x))
+    if a.size == 1:  # a number, and the damping is all the other's
+        b = b.scaled(a.mean)
+        return dataclasses.replace(block, a=jnp.ones_like(b.x[:, :1, 0]), b=b.inverse(damping))
+    if b.size == 1:
+        a = a.scaled(b.mean)
+        return dataclasses.replace(block, a=a.inverse(damping), b=jnp.ones_like(b.x))
+    both = (a.mean > 0) & (b.mean > 0)
+    pi = jnp.sqrt(jnp.where(both, a.mean, 1) / jnp.where(both, b.mean, 1))
     root = jnp.sqrt(damping)
-    return (a, pi * root), (b, root / pi)
-
-
-def _reciprocal(diagonal, damping):
-    """1 / (diagonal + damping) of (g, i) and (g,); 0 where that is infinite."""
-    least = jnp.finfo(diagonal.dtype).eps * jnp.max(diagonal, axis=-1)
-    total = diagonal + jnp.maximum(damping, least)[:, None]
-    return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+    return dataclasses.replace(block, a=a.inverse(pi * root), b=b.inverse(root / pi))
 
 
 def _eigen(block: KroneckerBlock) -> EigenBlock:

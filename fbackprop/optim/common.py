@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.typing import ArrayLike
@@ -48,7 +49,9 @@ class Pending:
         """Arrays like those to come; nothing but shapes is computed of the objective."""
         like = self.params.unflatten([0] * self.params.num_leaves)
         shapes = jax.eval_shape(self.make, objective.of_trained(like), jax.random.key(0))
-        return jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))()
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(objective))
+        zeros = jnp.zeros if traced else np.zeros  # to compile dozens of zeros takes half a second
+        return jax.device_put(jax.tree.map(lambda s: zeros(s.shape, s.dtype), shapes))
 
 
 def complete(state, objective: Objective):
@@ -89,10 +92,12 @@ def check_updates(who: str, updates, params) -> None:
 
 
 def is_finite(*trees) -> jax.Array:
-    """Whether all numbers of the trees are finite, and their sum too."""
+    """Whether all numbers of the trees are finite, and the sum of their squares too."""
     leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    sums = (jnp.sum(x, dtype=jnp.promote_types(x.dtype, jnp.float32)) for x in leaves)
-    return jnp.isfinite(sum(sums, jnp.zeros(())))
+    wide = [jnp.promote_types(x.dtype, jnp.float32) for x in leaves]
+    pairs = zip(leaves, wide, strict=True)
+    squares = (jnp.vdot(x, x, preferred_element_type=dtype) for x, dtype in pairs)
+    return jnp.isfinite(sum(squares, jnp.zeros(())))
 
 
 # A branch, and no selection: XLA would compute the condition again for every leaf.

@@ -222,7 +222,8 @@ def _factored(
         keep = jnp.minimum(renewals / (renewals + 1), most)  # a plain mean to begin with
         factors = optax.tree.update_moment(new, state.factors, keep, 1)
         made = solver.update(make(factors, state.damping), objective, key)
-        return where(is_finite(made), (factors, made), (state.factors, state.solver))
+        # The trace tells: no element of a positive semi-definite matrix exceeds its diagonal's.
+        return where(is_finite(made.trace()), (factors, made), (state.factors, state.solver))
 
     def update(updates, state, params=None, *, objective=None, grad=None, **extra):
         del extra
@@ -251,7 +252,7 @@ def _factored(
                 rate = rate * jnp.sqrt(jnp.minimum(1, norm_constraint / jnp.maximum(size, 1e-30)))
             weights = jnp.array([rate, momentum])
         change = jax.tree.map(lambda x, y: weights[0] * x + weights[1] * y, *both)
-        finite = is_finite(change)
+        finite = is_finite(change) if model is None else is_finite(weights, *model[1:])
         change = optax.tree.cast_like(zero_unless(finite, change), params)
         damping, ratio = state.damping, state.ratio
         if adaptive:
