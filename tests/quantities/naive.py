@@ -1,5 +1,7 @@
 """The quantities by their definitions: each example's gradient and Jacobian, formed by JAX."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +24,7 @@ def floats(tree, like):
     """Zeros where JAX has float0, for integer leaves."""
 
     def one(g, p):
-        p = jnp.asarray(p)
-        return jnp.zeros(g.shape, p.dtype) if g.dtype == jax.dtypes.float0 else g
+        return np.zeros(g.shape, jnp.result_type(p)) if g.dtype == jax.dtypes.float0 else g
 
     return jax.tree.map(one, tree, like)
 
@@ -33,11 +34,36 @@ def compiled(function):
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
+class Definitions(NamedTuple):
+    """What the others are made of, as arrays of NumPy, for which nothing more is compiled.
+
+    Attributes:
+      losses: (N,).
+      gradients: the examples', leaves (N, *leaf).
+      jacobians: leaves (N, C, *leaf).
+      hessians: the losses' at the predictions, (N, C, C).
+    """
+
+    losses: Any
+    gradients: Any
+    jacobians: Any
+    hessians: Any
+
+
+def definitions(case) -> Definitions:
+    def of(params, batch):
+        own = case._replace(params=params, batch=batch)
+        losses = jax.vmap(lambda x, y: case.loss(case.model(params, x), y))(*batch)
+        return Definitions(losses, example_gradients(own), jacobians(own), hessians(own))
+
+    return jax.device_get(compiled(of)(case.params, case.batch))
+
+
 def mean(tree):
     """Over examples; an integer leaf, which has no gradient, stays what it is."""
 
     def one(x):
-        return jnp.mean(x, axis=0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0]
+        return x.mean(axis=0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0]
 
     return jax.tree.map(one, tree)
 

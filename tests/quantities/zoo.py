@@ -4,7 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from naive import compiled
 
 import fbackprop as fb
 
@@ -31,8 +33,10 @@ def users(model):
 
 
 def normal(key, *shape, scale=None):
+    """Normal numbers, by NumPy: nothing is compiled for them."""
     scale = 1 / max(shape[0], 1) ** 0.5 if scale is None and shape else scale or 1.0
-    return jax.random.normal(key, shape) * scale
+    draws = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    return jnp.asarray(draws.normal(size=shape, scale=scale))
 
 
 def classes(n, c):
@@ -40,7 +44,8 @@ def classes(n, c):
 
 
 def of_network(network, inputs, labels, key) -> Case:
-    return Case(network.apply, fb.losses.softmax_cross_entropy, network.init(key), (inputs, labels))
+    params = compiled(network.init)(key)
+    return Case(network.apply, fb.losses.softmax_cross_entropy, params, (inputs, labels))
 
 
 def regression(model, params, inputs, outputs, key) -> Case:
