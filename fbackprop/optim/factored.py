@@ -23,7 +23,6 @@ from fbackprop.optim.common import (
     objective_of,
     scalar_like,
     where,
-    zero_unless,
 )
 from fbackprop.optim.quadratic import QuadraticModel, part_of, rest_of
 from fbackprop.optim.reduction import Rule, adapted, reduction_ratio
@@ -251,9 +250,14 @@ def _factored(
                 size = -optax.tree.vdot(updates, direction) * rate**2
                 rate = rate * jnp.sqrt(jnp.minimum(1, norm_constraint / jnp.maximum(size, 1e-30)))
             weights = jnp.array([rate, momentum])
-        change = jax.tree.map(lambda x, y: weights[0] * x + weights[1] * y, *both)
-        finite = is_finite(change) if model is None else is_finite(weights, *model[1:])
-        change = optax.tree.cast_like(zero_unless(finite, change), params)
+        # The last update is finite, and the model has the squares of the direction in it.
+        finite = is_finite(weights, direction if model is None else model[1:])
+
+        def combined(x, y, param):
+            total = weights[0] * x + weights[1] * y
+            return jnp.where(finite, total, 0).astype(param.dtype)
+
+        change = jax.tree.map(combined, *both, params)
         damping, ratio = state.damping, state.ratio
         if adaptive:
 
