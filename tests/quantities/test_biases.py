@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from naive import assert_close
+from naive import assert_close, compiled
 
 import fbackprop as fb
 from fbackprop.kronecker import BiasBlock
@@ -29,8 +29,8 @@ def plus(x, bias):
 
 
 def joined(model, params, batch, **options):
-    factors = fb.sweep(model, loss, k=fb.Kronecker(vectors="joint", **options))(params, batch)["k"]
-    return fb.KroneckerFactors(factors)
+    sweep = fb.sweep(model, loss, k=fb.Kronecker(vectors="joint", **options))
+    return fb.KroneckerFactors(compiled(sweep)(params, batch)["k"])
 
 
 def two_layers(params, x):
@@ -62,7 +62,8 @@ SEQUENCES = normal(4, N, PLACES, INTO), normal(5, N, PLACES, 2)
 @pytest.mark.parametrize("batch", [VECTORS, SEQUENCES], ids=["vectors", "sequences"])
 def test_factors_are_those_of_a_kernel_with_a_row_more(batch, sharing):
     operator = joined(two_layers, PARAMS, batch, sharing=sharing)
-    expected = fb.sweep(homogeneous, loss, k=fb.Kronecker(sharing=sharing))(ROWS, batch)["k"]
+    sweep = fb.sweep(homogeneous, loss, k=fb.Kronecker(sharing=sharing))
+    expected = compiled(sweep)(ROWS, batch)["k"]
     for layer, (block,) in zip(PARAMS, expected, strict=True):
         (mine,) = operator.blocks[layer]["kernel"]
         (bias,) = operator.blocks[layer]["bias"]
@@ -75,11 +76,11 @@ def test_weights_of_examples_count_in_the_row_too():
     weights = jnp.arange(1.0, N + 1)
     run = fb.sweep(two_layers, loss, k=fb.Kronecker(vectors="joint"))
     of_rows = fb.sweep(homogeneous, loss, k=fb.Kronecker())
-    (mine,) = run(PARAMS, SEQUENCES, weights=weights)["k"]["first"]["kernel"]
-    (block,) = of_rows(ROWS, SEQUENCES, weights=weights)["k"][0]
+    (mine,) = compiled(run)(PARAMS, SEQUENCES, weights=weights)["k"]["first"]["kernel"]
+    (block,) = compiled(of_rows)(ROWS, SEQUENCES, weights=weights)["k"][0]
     assert_close(mine.a, block.a)
     in_pieces = fb.sweep(two_layers, loss, k=fb.Kronecker(vectors="joint"), chunk=2)
-    (pieces,) = in_pieces(PARAMS, SEQUENCES, weights=weights)["k"]["first"]["kernel"]
+    (pieces,) = compiled(in_pieces)(PARAMS, SEQUENCES, weights=weights)["k"]["first"]["kernel"]
     assert_close(pieces.a, mine.a)
 
 
@@ -152,16 +153,22 @@ def test_operators_of_joined_blocks_agree_with_their_matrix(name):
     operator = joined(model, params, batch)
     assert isinstance(operator.blocks["bias"][0], BiasBlock)
     vector = jax.tree.map(lambda x: normal(9, *x.shape), params)
-    matrix, flat = operator.dense(), operator.space.ravel(vector)
-    ravel = operator.space.ravel
+
+    def run(operator, vector):
+        ravel, inverse = operator.space.ravel, operator.inverse(0.3)
+        product, diagonal = ravel(operator.matvec(vector)), ravel(operator.diagonal())
+        solved, inverted = ravel(operator.solve(vector, 0.3)), ravel(inverse.matvec(vector))
+        flat, matrices = ravel(vector), (operator.dense(), inverse.dense())
+        return matrices, flat, product, diagonal, solved, inverted
+
+    found = jax.device_get(compiled(run)(operator, vector))
+    (matrix, inverse), flat, product, diagonal, solved, inverted = found
     assert_close(matrix, matrix.T)
     assert np.linalg.norm(matrix[: params["bias"].size, params["bias"].size :]) > 0
-    assert_close(ravel(operator.matvec(vector)), matrix @ flat)
-    assert_close(ravel(operator.diagonal()), jnp.diagonal(matrix))
-    damped = matrix + 0.3 * jnp.eye(len(matrix))
-    assert_close(ravel(operator.solve(vector, 0.3)), jnp.linalg.solve(damped, flat))
-    inverse = operator.inverse(0.3)
-    assert_close(ravel(inverse.matvec(vector)), inverse.dense() @ flat)
+    assert_close(product, matrix @ flat)
+    assert_close(diagonal, np.diagonal(matrix))
+    assert_close(solved, np.linalg.solve(matrix + 0.3 * np.eye(len(matrix)), flat))
+    assert_close(inverted, inverse @ flat)
     # A bias is met by 1 in every place.
     (block,) = operator.blocks["kernel"]
     assert_close(block.a[:, -1, -1], jnp.ones(len(block.a)))
@@ -172,16 +179,22 @@ def test_eigenvalues_corrected_are_the_matrix_in_the_factors_basis(name):
     model, params, shape = MODELS[name]
     inputs = normal(8, N, *shape)
     batch = inputs, jnp.zeros_like(jax.vmap(model, (None, 0))(params, inputs))
-    eigen = joined(model, params, batch).eigen()
-    quantity = fb.Kronecker(vectors="joint").along(eigen.blocks)
-    values = fb.sweep(model, loss, s=quantity)(params, batch)["s"]
-    exact = fb.GaussNewton(model, loss, params, batch).dense()
+
+    def run(operator, params, batch):
+        eigen = operator.eigen()
+        quantity = fb.Kronecker(vectors="joint").along(eigen.blocks)
+        values = fb.sweep(model, loss, s=quantity)(params, batch)["s"]
+        exact = fb.GaussNewton(model, loss, params, batch)
+        return [x.dense() for x in (operator, eigen, eigen.with_values(values), exact)]
+
+    operator = joined(model, params, batch)
+    matrices = jax.device_get(compiled(run)(operator, params, batch))
+    kronecker, eigen, corrected, exact = matrices
     # Turned to the basis, the exact matrix has the values on its diagonal: the traces agree, and
     # the error is what is off it.
-    corrected = eigen.with_values(values).dense()
-    mask = np.abs(joined(model, params, batch).dense()) > 0
-    assert_close(jnp.trace(corrected), jnp.trace(exact))
-    error, before = (np.linalg.norm((x - exact) * mask) for x in (corrected, eigen.dense()))
+    mask = np.abs(kronecker) > 0
+    assert_close(np.trace(corrected), np.trace(exact))
+    error, before = (np.linalg.norm((x - exact) * mask) for x in (corrected, eigen))
     assert error <= before * (1 + 1e-9)
 
 
