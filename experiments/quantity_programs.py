@@ -6,6 +6,7 @@ Before a quantity is timed, it is compared with its definition on a few examples
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -259,16 +260,16 @@ def check(names: Sequence[str], case: Case, problem: Problem) -> None:
             # The factors are exact for a single example, where a weight is used but once.
             batch = jax.tree.map(lambda x: x[:1], problem.batch)
         found = sweep(problem, q=quantity, columns=_Columns(quantity.columns))(params, batch)
-        diagonal = jax.jit(lambda batch, sent: _diagonal(name, problem, batch, sent))
-        expected = diagonal(batch, found["columns"])
+        definition = jax.jit(functools.partial(_diagonal, name, problem))
+        expected = definition(batch, found["columns"])
         if not isinstance(quantity, fb.Kronecker):
             _compare(name, found["q"], expected)
             continue
         blocks = jax.tree.structure(params).flatten_up_to(found["q"])
         pairs = zip(blocks, jax.tree.leaves(expected), strict=True)
         once = [pair for pair in pairs if case.family == "mlp" or pair[1].ndim == 1]
-        diagonals = jax.jit(lambda: [_diagonal_of_block(*own) for own, _ in once])()
-        _compare(name, diagonals, [leaf for _, leaf in once])
+        found = jax.jit(_diagonals_of_blocks)([block for (block,), _ in once])
+        _compare(name, found, [leaf for _, leaf in once])
 
 
 def _diagonal(name: str, problem: Problem, batch, columns):
@@ -282,9 +283,8 @@ def _diagonal(name: str, problem: Problem, batch, columns):
     return jax.tree.map(lambda j: jnp.einsum("nc...,ncd,nd...->...", j, hessians / n, j), jacobian)
 
 
-def _diagonal_of_block(block: fb.KroneckerBlock):
-    a, b = (jnp.diagonal(x, axis1=1, axis2=2) if x.ndim == 3 else x for x in (block.a, block.b))
-    return block.layout.restore(a[:, :, None] * b[:, None, :])
+def _diagonals_of_blocks(blocks: Sequence[fb.KroneckerBlock]) -> list:
+    return [block.layout.restore(block.diagonal()) for block in blocks]
 
 
 def _compare(name: str, found, expected) -> None:
