@@ -364,8 +364,8 @@ def _squared(x, p: Dense):
 def symmetric_product(x, axis: int):
     """The products of all columns (axis 1) or rows (axis 0) of a matrix with each other.
 
-    The result is symmetric: of a large one, the lower left quarter is the upper right one's
-    transpose, and not computed.
+    The result is symmetric: of a large one of long products, the lower left quarter is the upper
+    right one's transpose, and not computed.
     """
     size, length = x.shape[axis], x.shape[1 - axis]
     summed = ((1 - axis,), (1 - axis,)), ((), ())

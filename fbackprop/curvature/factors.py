@@ -80,6 +80,15 @@ class _Blocks(Curvature):
     def diagonal(self):
         return self._restored([block.diagonal() for _, block in self._all])
 
+    def _traces(self) -> list[jax.Array]:
+        """Those of the blocks, scalars."""
+        raise NotImplementedError
+
+    def trace(self, key=None, samples: int = 100):
+        if key is not None:
+            return super().trace(key, samples)
+        return sum(self._traces(), jnp.zeros((), self.space.dtype))
+
     def dense(self):
         sizes = self.space.sizes
         starts, total = np.cumsum([0, *sizes]), sum(sizes)
@@ -146,12 +155,9 @@ class KroneckerFactors(_Blocks):
             merged._each(lambda block: _inverse(block, next(factors), next(factors), damping))
         )
 
-    def trace(self, key=None, samples: int = 100):
-        if key is not None:
-            return super().trace(key, samples)
+    def _traces(self):
         traces = iter([f.size * f.mean for f in self._factors()])
-        total = jnp.zeros((), self.space.dtype)
-        return sum((jnp.vdot(a, b) for a, b in zip(traces, traces, strict=True)), total)
+        return [jnp.vdot(a, b) for a, b in zip(traces, traces, strict=True)]
 
     def _factors(self) -> list[_Factor]:
         """The factors of all blocks, two for each."""
@@ -211,10 +217,8 @@ class EigenFactors(_Blocks):
 
         return EigenFactors(self._map(of_leaf, values))
 
-    def trace(self, key=None, samples: int = 100):
-        if key is not None:
-            return super().trace(key, samples)
-        return sum(map(jnp.sum, jax.tree.leaves(self.values)), jnp.zeros((), self.space.dtype))
+    def _traces(self):
+        return [jnp.sum(values) for values in jax.tree.leaves(self.values)]
 
     @property
     def values(self):
@@ -274,8 +278,11 @@ def _factors(matrices: Sequence) -> list[_Factor]:
     sums = jax.ops.segment_sum(line, rows, sum(counts), indices_are_sorted=True)
     largest = jax.ops.segment_max(line, rows, sum(counts), indices_are_sorted=True)
     ends = np.cumsum(counts)[:-1]
-    means = jnp.split(sums / lengths.astype(line.dtype), ends)
-    return [_Factor(*each) for each in zip(matrices, means, jnp.split(largest, ends), strict=True)]
+    found = (jnp.split(x, ends) for x in (sums / lengths.astype(line.dtype), largest))
+    return [
+        _Factor(x, *(numbers.astype(x.dtype) for numbers in both))
+        for x, *both in zip(matrices, *found, strict=True)
+    ]
 
 
 def _inverse(block: KroneckerBlock, a: _Factor, b: _Factor, damping) -> KroneckerBlock:

@@ -378,7 +378,38 @@ def test_parameters_of_half_precision(name):
     assert jnp.any(found["w"] != params["w"]) and jnp.isfinite(info["loss"])
 
 
+def test_leaves_of_two_precisions():
+    with jax.enable_x64(True):
+        params = perceptron_params() | {"v": jnp.ones((4, 2), jnp.float32)}
+
+        def model(p, x):
+            return jnp.tanh(x @ p["w"] + p["b"]).astype(jnp.float32) @ p["v"]
+
+        problem = fb.Objective(model, fb.losses.squared_error, params, examples())
+        factors = fb.KroneckerFactors(problem.sweep(factors=fb.Kronecker())["factors"])
+        inverse = factors.inverse(0.1)
+        for before, after in zip(jax.tree.leaves(factors), jax.tree.leaves(inverse), strict=True):
+            assert before.dtype == after.dtype
+        np.testing.assert_allclose(factors.trace(), jnp.trace(factors.dense()), rtol=1e-6)
+
+
 # --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learning_rate", [None, 0.1])
+@pytest.mark.parametrize("make", [fb.optim.kfac, fb.optim.ekfac])
+def test_a_gradient_that_is_not_finite_where_the_model_does_not_look(make, learning_rate):
+    params = perceptron_params() | {"idle": jnp.ones(2)}
+    problem = fb.Objective(perceptron, fb.losses.squared_error, params, examples())
+    optimizer = make(learning_rate)
+    _, gradient = problem.value_and_gradient()
+    spoiled = gradient | {"idle": jnp.array([jnp.nan, 0.0])}
+    run = jax.jit(lambda g, state: optimizer.update(g, state, params, objective=problem))
+    updates, state = run(spoiled, optimizer.init(params))
+    assert all(jnp.all(x == 0) for x in jax.tree.leaves(updates))
+    assert state.skipped == 1
+    updates, state = run(gradient, state)
+    assert jnp.any(updates["w"] != 0) and state.skipped == 1
 
 
 @MEMBERS
