@@ -260,16 +260,16 @@ def check(names: Sequence[str], case: Case, problem: Problem) -> None:
             # The factors are exact for a single example, where a weight is used but once.
             batch = jax.tree.map(lambda x: x[:1], problem.batch)
         found = sweep(problem, q=quantity, columns=_Columns(quantity.columns))(params, batch)
-        definition = jax.jit(functools.partial(_diagonal, name, problem))
-        expected = definition(batch, found["columns"])
+        diagonal = jax.jit(functools.partial(_diagonal, name, problem))
+        expected = diagonal(batch, found["columns"])
         if not isinstance(quantity, fb.Kronecker):
             _compare(name, found["q"], expected)
             continue
         blocks = jax.tree.structure(params).flatten_up_to(found["q"])
         pairs = zip(blocks, jax.tree.leaves(expected), strict=True)
         once = [pair for pair in pairs if case.family == "mlp" or pair[1].ndim == 1]
-        found = jax.jit(_diagonals_of_blocks)([block for (block,), _ in once])
-        _compare(name, found, [leaf for _, leaf in once])
+        diagonals = jax.jit(_diagonals_of_blocks)([block for (block,), _ in once])
+        _compare(name, diagonals, [leaf for _, leaf in once])
 
 
 def _diagonal(name: str, problem: Problem, batch, columns):

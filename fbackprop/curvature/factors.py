@@ -161,7 +161,7 @@ class KroneckerFactors(_Blocks):
 
     def _factors(self) -> list[_Factor]:
         """The factors of all blocks, two for each."""
-        return _factors([x for _, block in self._all for x in (block.a, block.b)])
+        return _factors_of([x for _, block in self._all for x in (block.a, block.b)])
 
     def eigen(self) -> EigenFactors:
         """The eigendecomposition of the operator, `merged`."""
@@ -265,7 +265,7 @@ class _Factor(NamedTuple):
         return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
 
 
-def _factors(matrices: Sequence) -> list[_Factor]:
+def _factors_of(matrices: Sequence) -> list[_Factor]:
     """Factors (g, f, f), or their diagonals (g, f); the diagonals of all are looked at as one.
 
     Compiling takes as long for the sum of a short vector as for that of a long one.

@@ -125,12 +125,6 @@ def ggn_of_examples(case):
     return jax.tree.map(block, jacobians(case))
 
 
-def ggn(case):
-    """The whole matrix of the mean loss, (P, P)."""
-    j = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in jax.tree.leaves(jacobians(case))], -1)
-    return jnp.einsum("ncp,ncd,ndq->pq", j, hessians(case), j) / len(j)
-
-
 def hessian_diagonal(case):
     """Of the mean loss, like the parameters."""
     flat, unravel = ravel_pytree(case.params)
