@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fbackprop.columns import Example
@@ -75,7 +76,7 @@ def sweep(
             raise TypeError(f"the {role} must be a function, but it is {function!r}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", but it is {reduction!r}')
-    if chunk is not None and not (isinstance(chunk, int) and chunk > 0):
+    if chunk is not None and not (isinstance(chunk, int | np.integer) and chunk > 0):
         raise ValueError(f"chunk={chunk}: give a whole number of examples, at least one")
     for name, quantity in quantities.items():
         if not isinstance(quantity, Quantity):
@@ -99,7 +100,7 @@ def sweep(
         even = 1 / len(examples.shares) if weights is None else None
         task = _Task(tapped, loss, quantities, params, total, even, set())
         others = {
-            name: examples_of(q.other, (), None, key, has_key, like=examples.inputs)
+            name: examples_of(q.other[:2], q.other[2:], None, key, has_key, like=examples.inputs)
             for name, q in quantities.items()
             if q.other is not None
         }
@@ -115,7 +116,7 @@ def sites_of(model: Callable, params, inputs: tuple) -> Gradients:
         inputs = (*inputs, jax.random.split(jax.random.key(0), n))
 
     def column(example: Example):
-        return jax.tree.map(lambda z: z[None], example.prediction), None
+        return jax.tree.map(lambda z: z[None], example.of_moving().prediction), None
 
     tapped = tapped_model(model, params, inputs, DEFAULT, has_key)
     task = _Task(tapped, lambda prediction, target: 0.0, {}, params, 1.0, 1 / n, set())
@@ -228,10 +229,16 @@ class _Task(NamedTuple):
                 return signals[:n_taps], named_signals(tapped.names, notes, signals[n_taps:])
 
             swept = []
-            example = Example(self.loss, prediction, target, key).of_moving()
+            example = Example(self.loss, prediction, target, key)
             for kind in kinds:
                 seeds, signs = kind(example)
-                n_columns = len(jax.tree.leaves(seeds)[0])
+                leaves = jax.tree.leaves(seeds)
+                if not leaves:
+                    raise TypeError(
+                        "the prediction has no floating-point array in it: nothing that depends on "
+                        f"the parameters has a derivative, but {jax.tree.map(type_of, prediction)}"
+                    )
+                n_columns = len(leaves[0])
                 if signs is None:
                     signs = jnp.ones(n_columns)
                 else:

@@ -42,7 +42,10 @@ class Example(NamedTuple):
     key: jax.Array | None
 
     def of_moving(self) -> Example:
-        """The same with what has no derivative (masks, counts) made a part of the loss."""
+        """The same with what has no derivative (masks, counts) made a part of the loss.
+
+        The prediction is then the list of its other leaves, if it had any such.
+        """
         leaves, structure = jax.tree.flatten(self.prediction)
         moves = [is_inexact(type_of(leaf)) for leaf in leaves]
         if all(moves):
@@ -55,6 +58,25 @@ class Example(NamedTuple):
 
         moving = [leaf for m, leaf in zip(moves, leaves, strict=True) if m]
         return self._replace(loss=loss, prediction=moving)
+
+    def flat(self):
+        """The elements of the prediction that have derivatives, and what takes them to its leaves.
+
+        Raises:
+          TypeError: if they are complex. Curvature is of real ones.
+        """
+        flat, unravel = ravel_pytree(self.of_moving().prediction)
+        if jnp.iscomplexobj(flat):
+            raise TypeError(
+                "the prediction is complex, and curvature is of real predictions: return its real "
+                "and imaginary parts, and let the loss put them together"
+            )
+        return flat, unravel
+
+    def slope(self, target) -> list:
+        """The loss's gradient for a target: its leaves."""
+        moving = self.of_moving()
+        return jax.tree.leaves(grad(moving.loss)(moving.prediction, target))
 
 
 def _check_samples(samples) -> None:
@@ -71,10 +93,10 @@ class LossGradient:
     def __call__(self, example: Example):
         """The columns, a pytree like the prediction with an axis of columns in front; their signs.
 
-        These are an array (C,), or None where all are positive.
+        These are an array (C,), or None where all are positive. Of a prediction's leaves those have
+        columns that have derivatives.
         """
-        slope = grad(example.loss)(example.prediction, example.target)
-        return jax.tree.map(lambda x: x[None], slope), None
+        return [x[None] for x in example.slope(example.target)], None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +106,7 @@ class Outputs:
     needs_key: ClassVar[bool] = False
 
     def __call__(self, example: Example):
-        flat, unravel = ravel_pytree(example.prediction)
+        flat, unravel = example.flat()
         return jax.vmap(unravel)(jnp.eye(flat.size, dtype=flat.dtype)), None
 
 
@@ -144,8 +166,8 @@ class Labels:
 
         def column(key):
             if self.draw is not None:
-                return grad(example.loss)(z, self.draw(key, z))
-            return grad(example.loss)(z, _LABELS[example.loss](key, z, jnp.asarray(target)))
+                return example.slope(self.draw(key, z))
+            return example.slope(_LABELS[example.loss](key, z, jnp.asarray(target)))
 
         found = jax.vmap(column)(jax.random.split(example.key, self.samples))
         return jax.tree.map(lambda x: x / self.samples**0.5, found), None
@@ -250,7 +272,8 @@ def _root_of(example: Example, most: int | None = None):
     """Its loss's root; None if that takes the eigenvectors of more than `most` elements."""
     if example.loss is losses.softmax_cross_entropy:
         return _Softmax(jnp.asarray(example.prediction), jnp.asarray(example.target))
-    flat, unravel = ravel_pytree(example.prediction)
+    flat, unravel = example.flat()
+    example = example.of_moving()
     slope = grad(lambda z: example.loss(unravel(z), example.target))
     if _is_separable(example):
         diagonal = jax.jvp(slope, (flat,), (jnp.ones_like(flat),))[1]
@@ -271,6 +294,7 @@ def hessian_map(example: Example) -> Partial:
     root = _root_of(example, most=EIGENVALUES)
     if root is not None:
         return root.product()
+    example = example.of_moving()
     product = functools.partial(_slope_product, example.loss)
     return Partial(product, example.prediction, example.target)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fbackprop.program import has_value, type_of
+from fbackprop.program import type_of, value_of
 
 
 class Examples(NamedTuple):
@@ -86,8 +86,9 @@ def length(trees, weights) -> int:
 def _check_weights(weights) -> None:
     if jnp.ndim(weights) != 1:
         raise ValueError(f"weights must have shape (N,), but have {jnp.shape(weights)}")
-    if has_value(weights):
-        if np.any(np.asarray(weights) < 0):
+    known = value_of(weights)
+    if known is not None:
+        if np.any(np.asarray(known) < 0):
             raise ValueError("weights must not be negative: an example counts as much as it weighs")
-        if not np.any(np.asarray(weights)):
+        if not np.any(np.asarray(known)):
             raise ValueError("all weights are zero: at least one example must count")

@@ -32,7 +32,7 @@ from fbackprop.kronecker import (
     regular_place,
 )
 from fbackprop.passes import backward, forward
-from fbackprop.program import Program, evaluate, inlined, is_inexact, memoized, trace
+from fbackprop.program import Program, as_array, evaluate, inlined, is_inexact, memoized, trace
 from fbackprop.separate import Separation
 from fbackprop.sites import form, row_added
 from fbackprop.table import Rules
@@ -63,7 +63,7 @@ class Gradients:
     def __init__(self, source: Source, model: Program, params, sites, shares, signs, even, signals):
         self.source, self.model, self.sites, self.params = source, model, list(sites), params
         self.shares, self.signs, self.even, self.signals = shares, signs, even, signals
-        self._params = jax.tree.leaves(params)
+        self._params = [as_array(x) for x in jax.tree.leaves(params)]
 
     @property
     def examples(self) -> int:
@@ -166,7 +166,8 @@ class Gradients:
         sums, formed = [], {}
         for leaf, groups in enumerate(self.groups):
             if groups is None:
-                formed[leaf] = formed_squares(self._formed[leaf], shares)
+                found = formed_squares(self._formed[leaf], shares)
+                formed[leaf] = found.astype(self._params[leaf].dtype)
             else:
                 sums += [(group.weight, group.squares(shares)) for group in groups]
         found = self._pull(sums, 0)
@@ -255,7 +256,8 @@ class Gradients:
         if groups is None:
             each = self._formed[leaf]
             if vectors != "block" and whole.ndim < 2:
-                return (diagonal_block(formed_squares(each, self.counts), whole, whole),)
+                squares = formed_squares(each, self.counts)
+                return (diagonal_block(squares, whole, whole, self.shares),)
             return (block_without_activations(each, whole, whole, 0, *self._counts),)
         blocks: list = []
         rows = {weight for weight, _ in self._biases.values()} if vectors == "joint" else ()
@@ -269,7 +271,7 @@ class Gradients:
                     blocks.append(self._block(leaf, placed, sharing, vectors))
         if not blocks:  # no prediction depends on it
             zeros = jnp.zeros(whole.shape, self._wide(leaf))
-            blocks = [diagonal_block(zeros, whole, whole)]
+            blocks = [diagonal_block(zeros, whole, whole, self.shares)]
         return tuple(blocks)
 
     def _block(self, leaf: int, placed: list[Placed], sharing: str, vectors: str) -> KroneckerBlock:
@@ -282,7 +284,7 @@ class Gradients:
             group, depth = Group(placed), self.source.depth[weight]
             if vectors != "block" and view.ndim - depth < 2:
                 squares = group.squares(self.counts)
-                return diagonal_block(squares, view, start)
+                return diagonal_block(squares, view, start, self.shares)
             return block_without_activations(group.each(), view, start, depth, shares, counts)
         sites = [p.site for p in placed]
         _, bias = self._biases.get(weight, (None, None)) if vectors == "joint" else (None, None)

@@ -279,10 +279,10 @@ def place_of(view: np.ndarray, leaf: np.ndarray) -> Place:
     return Place(offset, view.shape, view.strides, leaf.shape)
 
 
-def diagonal_block(values, view: np.ndarray, start: np.ndarray) -> KroneckerBlock:
+def diagonal_block(values, view: np.ndarray, start: np.ndarray, shares) -> KroneckerBlock:
     """A diagonal block, from its values: of the shape of the weight, a view of the leaf `start`."""
     layout = Layout(view.shape, (1, view.size, 1), ((0,), (1,), (2,)))
-    one = jnp.ones((1, 1, 1), values.dtype)
+    one = jnp.sum(shares).astype(values.dtype).reshape(1, 1, 1)  # over all pieces of a batch
     return KroneckerBlock(values.reshape(1, view.size), one, layout, place_of(view, start))
 
 

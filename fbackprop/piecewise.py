@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from fbackprop.program import Equation, Program, Var, is_inexact, program_of, scan_counts
+from fbackprop.program import (
+    UNKNOWN_LINE,
+    Equation,
+    Program,
+    Var,
+    is_inexact,
+    program_of,
+    scan_counts,
+)
 
 _LINEAR = frozenset(
     """add add_any sub neg copy copy_p convert_element_type reduce_precision real imag reshape
@@ -14,16 +22,18 @@ _LINEAR = frozenset(
 _BILINEAR = frozenset("mul dot_general conv_general_dilated".split())
 _BODIES = frozenset("jit remat2 closed_call custom_jvp_call custom_vjp_call eval_jaxpr".split())
 
+_FLAT = frozenset("sign round floor ceil stop_gradient".split())
+
 Leaves = frozenset  # the parameters that a value depends on
 
 
 def refuse_curvature(program: Program, n_params: int) -> None:
     """Raise ValueError if the outputs are curved in one of the first inputs of a program."""
     inputs = [Leaves([i]) if i < n_params else Leaves() for i in range(len(program.inputs))]
-    _dependence(program, inputs)
+    _dependence(program, inputs, UNKNOWN_LINE)
 
 
-def _dependence(program: Program, inputs) -> list[Leaves]:
+def _dependence(program: Program, inputs, caller: str) -> list[Leaves]:
     """The parameters on which each output depends, piecewise linearly."""
     known: dict[Var, Leaves] = {}
     for v, leaves in zip(program.inputs, inputs, strict=True):
@@ -33,25 +43,27 @@ def _dependence(program: Program, inputs) -> list[Leaves]:
         return known.get(v, Leaves()) if isinstance(v, Var) else Leaves()
 
     for eqn in program.equations:
-        found = _through(eqn, [of(v) for v in eqn.inputs])
+        found = _through(eqn, [of(v) for v in eqn.inputs], caller)
         for v, leaves in zip(eqn.outputs, found, strict=True):
             known[v] = leaves if is_inexact(v.aval) else Leaves()
     return [of(v) for v in program.outputs]
 
 
-def _through(eqn: Equation, ins: list[Leaves]) -> list[Leaves]:
+def _through(eqn: Equation, ins: list[Leaves], caller: str) -> list[Leaves]:
     name, every = eqn.primitive.name, Leaves().union(*ins)
+    # Library functions are traced once for all callers: then the line is that of the call.
+    source = caller if eqn.source == UNKNOWN_LINE else eqn.source
     result = [every] * len(eqn.outputs)
-    if not every or not any(map(is_inexact, eqn.out_avals)) or name == "stop_gradient":
-        return result if every and name != "stop_gradient" else [Leaves()] * len(eqn.outputs)
+    if not every or not any(map(is_inexact, eqn.out_avals)) or name in _FLAT:
+        return [Leaves()] * len(eqn.outputs)
     if name in _BODIES:
         (body,) = (eqn.params[k] for k in ("jaxpr", "call_jaxpr") if k in eqn.params)
-        return _dependence(program_of(body), ins)
+        return _dependence(program_of(body), ins, source)
     if name == "cond":
-        branches = [_dependence(program_of(b), ins[1:]) for b in eqn.params["branches"]]
+        branches = [_dependence(program_of(b), ins[1:], source) for b in eqn.params["branches"]]
         return [Leaves().union(*outs) for outs in zip(*branches, strict=True)]
     if name == "scan":
-        return _through_scan(eqn, ins)
+        return _through_scan(eqn, ins, source)
     meets_itself = sum(map(len, ins)) > len(every)
     if name in _LINEAR or (name in _BILINEAR and not meets_itself):
         return result
@@ -60,19 +72,19 @@ def _through(eqn: Equation, ins: list[Leaves]) -> list[Leaves]:
     if name == "integer_pow" and eqn.params["y"] == 1:
         return result
     raise ValueError(
-        f"the model is not piecewise linear in its parameters: '{name}' at {eqn.source} is curved "
+        f"the model is not piecewise linear in its parameters: '{name}' at {source} is curved "
         "in one, and the diagonal of the Hessian has terms there that one sweep does not give; use "
         "fb.GGNDiagonal, which leaves them out"
     )
 
 
-def _through_scan(eqn: Equation, ins: list[Leaves]) -> list[Leaves]:
+def _through_scan(eqn: Equation, ins: list[Leaves], source: str) -> list[Leaves]:
     body = program_of(eqn.params["jaxpr"])
     n_consts, n_carry = scan_counts(eqn.params)
     stop = n_consts + n_carry
     carry = ins[n_consts:stop]
     while True:
-        outs = _dependence(body, [*ins[:n_consts], *carry, *ins[stop:]])
+        outs = _dependence(body, [*ins[:n_consts], *carry, *ins[stop:]], source)
         grown = [a | b for a, b in zip(carry, outs, strict=False)]
         if grown == carry:
             return [*carry, *outs[n_carry:]]

@@ -232,7 +232,7 @@ def trace_jaxpr(function: Callable, avals: Sequence, name: str = "fbackprop"):
     info = api_util.debug_info(name, function, tuple(avals), {})
     wrapped = linear_util.wrap_init(function, debug_info=info)
     jaxpr, _, consts = partial_eval.trace_to_jaxpr_dynamic(wrapped, tuple(avals))
-    return close(jaxpr, consts)
+    return _without_references(close(jaxpr, consts))
 
 
 def close(jaxpr, consts=()):
@@ -368,23 +368,18 @@ def _trace_abstractly(wrapped, leaves: Sequence) -> tuple[Program, list] | None:
         jaxpr, _, constants = partial_eval.trace_to_jaxpr_dynamic(wrapped, avals)
     except Exception:  # asked for a value, a tracer gives errors of many types
         return None
-    return _without_references(jaxpr), constants
+    opened = close(partial_eval.convert_constvars_jaxpr(jaxpr))
+    return program_of(_without_references(opened)), constants
 
 
-def _without_references(jaxpr) -> Program:
-    """The program of a traced jaxpr, its constants first among the inputs.
+def _without_references(jaxpr):
+    """A jaxpr that reads and writes no references of its own (`jax.new_ref`).
 
-    Where the function writes to references of its own (`jax.new_ref`), their contents are threaded
-    through the equations as values.
+    Their contents are threaded through the equations as values.
     """
-    if core.internal_mutable_array_effect in jaxpr.effects:
-        opened = close(partial_eval.convert_constvars_jaxpr(jaxpr))
-        pure = discharge.discharge_state(opened, should_discharge=False, lower=False)
-        inner = getattr(pure, "jaxpr", pure)
-        constants = tuple(zip(inner.constvars, pure.consts, strict=True))
-        return Program(inner.invars, constants, map(Equation, inner.eqns), inner.outvars)
-    inputs = (*jaxpr.constvars, *jaxpr.invars)
-    return Program(inputs, (), map(Equation, jaxpr.eqns), jaxpr.outvars)
+    if core.internal_mutable_array_effect not in jaxpr.effects:
+        return jaxpr
+    return discharge.discharge_state(jaxpr, should_discharge=False, lower=False)
 
 
 # --- tracing functions that look at values -------------------------------------------------------
@@ -394,9 +389,13 @@ def _without_references(jaxpr) -> Program:
 # tracers that know their value and note what is applied to them.
 
 
+def value_of(x):
+    """An array of the elements of an array where they are known, as outside of `jit`; else None."""
+    return core.to_concrete_value(x)
+
+
 def has_value(x) -> bool:
-    """Whether an array's elements are known, as outside of `jit`."""
-    return core.to_concrete_value(x) is not None
+    return value_of(x) is not None
 
 
 class _Watched(core.Tracer):

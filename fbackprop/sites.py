@@ -448,10 +448,13 @@ def _lookup(use: Use, met, signals, weight_shape) -> Site:
     s, n_loops = len(stacked), len(use.loops)
     size = weight_shape[s]
     is_slice = eqn.primitive.name == "dynamic_slice"
-    indices = (met if is_slice else met[..., 0]).astype(jnp.int32)  # (n, *loops, *places)
+    indices = met if is_slice else met[..., 0]  # (n, *loops, *places)
+    if indices.dtype.itemsize < 4:  # may be too narrow for the size
+        indices = indices.astype(jnp.int32)
     if is_slice or eqn.params["mode"] == lax.GatherScatterMode.CLIP:
         indices = jnp.clip(indices, 0, size - 1)
-    indices = jnp.where(indices < 0, size, jnp.minimum(indices, size))
+    inside = (indices >= 0) & (indices < size)
+    indices = jnp.where(inside, indices, size).astype(jnp.int32)
     places = range(n_loops, indices.ndim - 1)
     rows = range(n_loops + len(places), signals.ndim - 2)
     a = _group(indices, 1, [1 + i for i in (*shared, *places)], [1 + i for i in stacked])

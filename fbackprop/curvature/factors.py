@@ -95,7 +95,7 @@ class _Blocks(Curvature):
         found = jnp.zeros((total, total), self.space.dtype)
         for k, block in self._all:
             at = block.indices_among(starts, k)
-            at = at.reshape(len(at), -1)
+            at = at.reshape(len(at), math.prod(at.shape[1:]))
             found = found.at[at[:, :, None], at[:, None, :]].add(block.dense())
         return found
 

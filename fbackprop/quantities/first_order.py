@@ -78,7 +78,9 @@ class ClippedGradient(Quantity):
         return gradients.total(jax.tree.map(lambda x: self._shares(gradients, x), norms))
 
     def _shares(self, gradients, squared):
-        scale = jnp.where(squared > self.max_norm**2, self.max_norm / jnp.sqrt(squared), 1.0)
+        longer = squared > self.max_norm**2
+        # A norm of zero has no derivative, and no part in the result.
+        scale = jnp.where(longer, self.max_norm / jnp.sqrt(jnp.where(longer, squared, 1)), 1.0)
         return scale * gradients.shares[:, None].astype(scale.dtype)
 
 
@@ -139,7 +141,7 @@ class ExampleDots(Quantity):
     training on example n on the loss of example m (TracIn; Pruthi et al. 2020, eq. 1).
 
     Attributes:
-      other: the second batch, a pair (inputs, targets).
+      other: the second batch, (inputs, targets) and the model's further inputs, if it has any.
     """
 
     other: Any = None

@@ -7,6 +7,7 @@ Jacobian of example n's prediction and the Hessian of its loss there (Schraudolp
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -33,7 +34,10 @@ class _Diagonal(Quantity):
     """The diagonal of Σ columns · columnsᵀ, of the mean loss or of each example's own."""
 
     per_example: bool
-    scales = True
+
+    @property
+    def scales(self):
+        return not self.per_example
 
     @property
     def over(self):
@@ -136,7 +140,7 @@ class GGNBlock(Quantity):
 
     def extract(self, gradients):
         def block(x):
-            flat = x.reshape(*x.shape[:2], -1)
+            flat = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
             shares = _signed(gradients).astype(x.dtype)
             return jnp.einsum("ncp,nc,ncq->pq", flat, shares, flat)
 

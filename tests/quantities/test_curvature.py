@@ -228,6 +228,30 @@ def test_labels_of_ones_own():
     assert_close(dense(swept(case, jax.random.key(0), k=kron)["k"])[0, 0], found["f"])
 
 
+def test_labels_and_columns_see_the_whole_prediction():
+    """Also what of it has no derivative."""
+
+    class FirstRow(fb.Quantity):
+        columns = staticmethod(lambda example: ({"z": jnp.eye(3)[:1]}, None))
+
+        def extract(self, gradients):
+            return gradients.total()
+
+    case = zoo.Case(
+        lambda w, x: {"best": jnp.argmax(x @ w), "z": x @ w},
+        lambda z, y: fb.losses.squared_error(z["z"], y) + z["z"][z["best"]],
+        normal(0, 2, 3),
+        (normal(1, 4, 2), normal(2, 4, 3)),
+    )
+    own = fb.FisherDiagonal(label=lambda key, z: z["z"] + z["best"])
+    found = swept(case, jax.random.key(0), f=own, row=FirstRow())
+    x, z = case.batch[0], case.batch[0] @ case.params
+    best = jnp.argmax(z, axis=1)[:, None]
+    slope = -best + jax.nn.one_hot(best[:, 0], 3)  # of the two terms of the loss
+    assert_close(found["f"], jnp.einsum("ni,no->io", x**2, slope**2) / 4)
+    assert_close(found["row"], jnp.outer(x.mean(0), jnp.eye(3)[0]))
+
+
 # --- the Hessian ----------------------------------------------------------------------------------
 
 
@@ -236,6 +260,20 @@ def test_the_hessians_diagonal_of_a_piecewise_linear_network():
     assert_close(swept(case, h=fb.HessianDiagonal())["h"], naive.hessian_diagonal(case))
     each = swept(case, h=fb.HessianDiagonal(per_example=True))["h"]
     assert_close(naive.mean(each), naive.hessian_diagonal(case))
+
+
+def test_what_is_flat_has_no_curvature():
+    """A rounded value with the derivative of the value itself: a straight-through estimator."""
+
+    def model(w, x):
+        z = x @ w
+        return z + jax.lax.stop_gradient(jnp.round(z) - z) + jnp.sign(z)
+
+    case = zoo.Case(
+        model, fb.losses.squared_error, normal(0, 2, 3), (normal(1, 4, 2), normal(2, 4, 3))
+    )
+    found = swept(case, h=fb.HessianDiagonal())["h"]
+    assert_close(found, jnp.mean(case.batch[0] ** 2, axis=0)[:, None] * jnp.ones((1, 3)))
 
 
 def test_a_concave_loss_has_a_negative_diagonal():
@@ -282,6 +320,14 @@ def test_dots_with_a_second_batch_are_influences():
     assert_close(found, g @ h.T)
     with pytest.raises(ValueError, match="second batch"):
         swept(case, dots=fb.ExampleDots((normal(5, 3, 6), other[1])))
+    scaled = fb.sweep(
+        lambda p, x, s: case.model(p, x * s), case.loss, d=fb.ExampleDots((*other, normal(6, 3)))
+    )
+    alike = fb.sweep(
+        case.model, case.loss, d=fb.ExampleDots((other[0] * normal(6, 3)[:, None], other[1]))
+    )
+    ones = np.ones(len(case.batch[1]))
+    assert_close(scaled(case.params, case.batch, ones)["d"], alike(case.params, case.batch)["d"])
 
 
 def test_parts_of_the_gram_matrix_add_up():

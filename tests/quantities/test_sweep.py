@@ -53,6 +53,20 @@ def test_pieces_make_the_whole(whole, chunk):
     assert_close(swept(case(), chunk), whole, 1e-12)
 
 
+@pytest.mark.parametrize("vectors", ["joint", "block", "diagonal"])
+def test_factors_of_vectors_in_pieces(vectors):
+    of = case()._replace(
+        model=lambda p, x: jnp.tanh((x @ p["w"] + p["b"]) * p["s"]),
+        loss=fb.losses.squared_error,
+        params={"w": W.T, "b": np.ones(2), "s": np.array([0.5, 2.0])},
+        batch=(X, Y),
+    )
+    pieces, expected = (
+        swept(of, chunk, k=fb.Kronecker(vectors=vectors))["k"] for chunk in (3, None)
+    )
+    assert_close(pieces, expected, 1e-12)
+
+
 def test_other_quantities_do_not_change_the_draws(whole):
     alone = swept(case(), sampled=SECOND["sampled"])
     assert_close(alone["sampled"], whole["sampled"], 1e-12)
@@ -98,6 +112,16 @@ def test_a_summed_loss_sums_gradient_and_curvature(whole):
         assert_close(a.dense(), 6.5 * b.dense(), 1e-12)
 
 
+@pytest.mark.parametrize("quantity", [fb.GGNDiagonal, fb.FisherDiagonal, fb.HessianDiagonal])
+def test_each_examples_curvature_is_its_own(quantity):
+    run = {
+        r: fb.sweep(linear, SQUARED, reduction=r, d=quantity(per_example=True))
+        for r in ("sum", "mean")
+    }
+    key = jax.random.key(0)
+    assert_close(*(run[r](W, (X, Y), key=key)["d"] for r in ("sum", "mean")))
+
+
 def _is_block(x):
     return isinstance(x, fb.KroneckerBlock)
 
@@ -128,6 +152,70 @@ def test_a_quantity_can_be_differentiated():
     expected = compiled(jax.grad(theirs))(of.params)
     assert_close(compiled(jax.grad(ours))(of.params), expected)
     assert_close(compiled(fb.grad(ours))(of.params), expected)
+
+
+def test_the_clipped_sum_of_a_gradient_of_zero_can_be_differentiated():
+    """A masked example has none."""
+    batch = X, np.array([1, -1, 0, 1])
+    clipped = fb.sweep(linear, fb.losses.softmax_cross_entropy, c=fb.ClippedGradient(0.1))
+
+    def ours(w):
+        return jnp.sum(clipped(w, batch)["c"] ** 2)
+
+    w = np.array([[0.1, 0.2, 0.3], [0.0, -0.5, 1.0]])
+    slope = (ours(w + 1e-6 * X[:2]) - ours(w - 1e-6 * X[:2])) / 2e-6
+    assert_close(jnp.vdot(compiled(jax.grad(ours))(w), X[:2]), slope, 1e-6)
+
+
+def test_the_weights_of_examples_can_be_differentiated():
+    def of(weights):
+        return fb.sweep(linear, SQUARED)(W, (X * [[1.0], [2], [3], [4]], Y), weights=weights)[
+            "loss"
+        ]
+
+    weights = jnp.array([1.0, 2.0, 0.5, 1.0])
+    assert_close(jax.grad(of)(weights), jax.jit(jax.grad(of))(weights))
+
+
+def test_models_with_references():
+    """The parameters' values go through references that the model makes and writes to."""
+
+    def model(w, x):
+        total = jax.new_ref(jnp.zeros(2))
+        for row in jax.new_ref(w)[...]:
+            total[...] += jnp.tanh(row * x)
+        return total[...]
+
+    def plain(w, x):
+        return sum(jnp.tanh(row * x) for row in w)
+
+    w, batch = np.array([[0.5, -1.0], [0.2, 0.7]]), (X[:, :2], Y)
+    found, expected = (
+        fb.sweep(f, SQUARED, g=fb.Gradient(), n=fb.ExampleNorms(), d=fb.GGNDiagonal())(w, batch)
+        for f in (model, plain)
+    )
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "index", [np.uint32(2**32 - 1), np.int64(2**33 + 1), np.int64(-(2**33)), np.uint8(200)]
+)
+@pytest.mark.parametrize("mode", ["clip", "fill", "slice"])
+def test_lookups_with_any_index(index, mode):
+    def model(table, i):
+        if mode == "slice":
+            return jax.lax.dynamic_index_in_dim(table, i, 0, keepdims=False)
+        return jnp.take(table, i, axis=0, mode=mode)
+
+    table = np.arange(600.0).reshape(300, 2)
+    batch = np.array([index, 1], index.dtype), Y[:2]
+    found = fb.sweep(model, SQUARED, each=fb.ExampleGradients())(table, batch)["each"]
+
+    row = int(np.clip(int(index), 0, len(table) - 1))
+    slope = np.where(np.arange(len(table))[:, None] == row, table[row] - 1, 0)
+    # The value that fills has no row; narrow indices lose theirs under `jax.grad`.
+    outside = mode == "fill" and row != int(index)
+    assert_close(found[0], np.zeros_like(table) if outside else slope)
 
 
 def test_without_jit_and_with_bare_arrays():
@@ -291,6 +379,24 @@ def test_a_loss_must_be_a_scalar():
     assert "(2,)" in _raised(run, W, (X, Y))
 
 
+def test_predictions_without_derivatives_are_refused():
+    run = fb.sweep(lambda w, x: jnp.argmax(w @ x), lambda z, y: 0.0 * z, n=fb.ExampleNorms())
+    assert "int" in _raised(run, W, (X, Y), error=TypeError)
+
+
+def test_curvature_of_complex_predictions_is_refused():
+    def model(w, x):
+        return (w @ x) * (1 + 2j)
+
+    def loss(z, y):
+        return jnp.sum(jnp.abs(z - y) ** 2)
+
+    for quantity in (fb.GGNDiagonal(), fb.Kronecker(), fb.Gram(), fb.JacobianNorms()):
+        run = fb.sweep(model, loss, q=quantity)
+        assert "imaginary" in _raised(run, W, (X, Y), error=TypeError)
+    assert "imaginary" in _raised(fb.GaussNewton, model, loss, W, (X, Y), error=TypeError)
+
+
 def test_missing_keys_are_named():
     run = fb.sweep(linear, SQUARED, draws=fb.GGNDiagonal(1))
     assert "'draws'" in _raised(run, W, (X, Y))
@@ -327,3 +433,15 @@ def test_parameters_without_gradients():
     assert found["norms"].shape == (4,) and found["dots"].shape == (4, 4)
     run = fb.sweep(lambda p, x: x + p["e"].sum(), SQUARED, **(FIRST | {"k": fb.Kronecker()}))
     assert run({"e": jnp.zeros(0)}, (X, np.ones((4, 3))))["gradient"]["e"].shape == (0,)
+
+
+def test_of_one_class_and_of_no_layers():
+    """No columns, no matrices."""
+    one = fb.sweep(linear, fb.losses.softmax_cross_entropy, b=fb.GGNBlock(), k=fb.Kronecker())
+    assert not np.any(one(W[:1], (X, np.zeros(4, int)))["b"])
+
+    def model(stack, x):
+        return jax.lax.scan(lambda h, w: (h @ w, None), x, stack)[0]
+
+    none = fb.sweep(model, SQUARED, k=fb.Kronecker())(np.zeros((0, 3, 3)), (X, X))["k"]
+    assert fb.KroneckerFactors(none).dense().shape == (0, 0)
