@@ -114,7 +114,8 @@ class GradientNoiseScale(Quantity):
     Attributes:
       unbiased: whether numerator and denominator are estimated without bias from this batch of N
         (appendix A.1, with batches of N and of 1): tr Σ = N/(N−1) (m − |G|²), |G|² − tr Σ / N,
-        where m is the mean of |gₙ|². The second may be negative in a batch of noise.
+        where m is the mean of |gₙ|². The second may be negative in a batch of noise, and of one
+        example the first is not a number.
     """
 
     unbiased: bool = False
