@@ -279,10 +279,13 @@ def place_of(view: np.ndarray, leaf: np.ndarray) -> Place:
     return Place(offset, view.shape, view.strides, leaf.shape)
 
 
-def diagonal_block(values, view: np.ndarray, start: np.ndarray, shares) -> KroneckerBlock:
-    """A diagonal block, from its values: of the shape of the weight, a view of the leaf `start`."""
+def diagonal_block(values, view: np.ndarray, start: np.ndarray, shares=1.0) -> KroneckerBlock:
+    """A diagonal block, from its values: of the shape of the weight, a view of the leaf `start`.
+
+    The shares are those of the examples in the whole batch, if the values are of a piece of it.
+    """
     layout = Layout(view.shape, (1, view.size, 1), ((0,), (1,), (2,)))
-    one = jnp.sum(shares).astype(values.dtype).reshape(1, 1, 1)  # over all pieces of a batch
+    one = jnp.sum(jnp.asarray(shares, values.dtype)).reshape(1, 1, 1)  # over all pieces
     return KroneckerBlock(values.reshape(1, view.size), one, layout, place_of(view, start))
 
 

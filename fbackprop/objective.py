@@ -107,6 +107,8 @@ class Objective:
         `optax.masked` and `optax.partition` leave nodes without leaves in the place of the others;
         these are held fixed.
         """
+        if not jax.tree.leaves(updates):
+            raise ValueError("there are no parameters to update: the tree of updates has no leaves")
         leaves, structure = jax.tree.flatten(self.params)
         if jax.tree.structure(updates) == structure:
             return self

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax.scipy.sparse.linalg import cg
 
+from fbackprop.program import value_of
+
 
 class Curvature:
     """A symmetric linear operator A on pytrees like the parameters; itself a pytree.
@@ -72,12 +74,18 @@ class Curvature:
         return estimators.trace(self, self.space.like(), key, samples=samples).value
 
     def __add__(self, other: Curvature) -> Curvature:
-        return Sum((self, other))
+        return Sum((self, other)) if isinstance(other, Curvature) else NotImplemented
 
     def __mul__(self, factor) -> Curvature:
-        return Scaled(self, factor)
+        return NotImplemented if isinstance(factor, Curvature) else Scaled(self, factor)
 
     __rmul__ = __mul__
+
+    def __truediv__(self, factor) -> Curvature:
+        return self * (1 / factor)
+
+    def __sub__(self, other: Curvature) -> Curvature:
+        return self + -1 * other
 
 
 def conjugate_gradients(
@@ -90,14 +98,20 @@ def conjugate_gradients(
       tolerance: the residual's norm at which to stop, relative to that of v.
       max_iterations: how many products to spend at most; by default ten per dimension.
     """
-    operator.space.check(tree)
-    solution, _ = cg(
-        lambda v: optax.tree.add_scale(operator.matvec(v), damping, v),
-        tree,
-        tol=tolerance,
-        maxiter=max_iterations,
-    )
-    return solution
+    space = operator.space
+
+    def multiply(v):
+        def damped(image, x):
+            return image.astype(x.dtype) + jnp.asarray(damping, x.dtype) * x
+
+        return jax.tree.map(damped, operator.matvec(v), v)
+
+    solution, _ = cg(multiply, space.wide(tree), tol=tolerance, maxiter=max_iterations)
+    return space.cast(solution)
+
+
+def _times(factor, tree):
+    return jax.tree.map(lambda x: factor.astype(x.dtype) * x, tree)
 
 
 @jax.tree_util.register_dataclass
@@ -143,8 +157,18 @@ class Scaled(Curvature):
         return optax.tree.scale(self.factor, self.operator.matvec(tree))
 
     def solve(self, tree, damping=0.0):
-        scaled = optax.tree.scale(1 / self.factor, tree)
-        return self.operator.solve(scaled, damping / self.factor)
+        """(A + damping I)⁻¹ v; of the operator zero, 0 without damping."""
+        known = value_of(self.factor)
+        if known is not None and known < 0:
+            raise ValueError(
+                f"{known} times a curvature is not positive semi-definite: solve A + λI"
+            )
+        factor = jnp.asarray(self.factor, self.space.dtype)
+        is_zero, alone = factor == 0, jnp.asarray(damping, factor.dtype)
+        over = 1 / jnp.where(is_zero, 1, factor)
+        solved = self.operator.solve(_times(over, tree), alone * over)
+        without = _times(jnp.where(alone > 0, 1 / jnp.where(alone > 0, alone, 1), 0), tree)
+        return jax.tree.map(lambda x, y: jnp.where(is_zero, y, x), solved, without)
 
     def diagonal(self):
         return optax.tree.scale(self.factor, self.operator.diagonal())

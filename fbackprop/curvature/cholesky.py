@@ -28,7 +28,7 @@ def floor(n: int, largest) -> jax.Array:
 def factor(matrix, damping) -> jax.Array:
     """The lower Cholesky factor of ``matrix + damping I``, the damping raised to the floor."""
     matrix = wide(matrix)
-    least = floor(len(matrix), jnp.max(jnp.abs(jnp.diagonal(matrix))))
+    least = floor(len(matrix), jnp.max(jnp.abs(jnp.diagonal(matrix)), initial=0))
     damping = jnp.maximum(jnp.asarray(damping, matrix.dtype), least)
     return cho_factor(matrix + damping * jnp.eye(len(matrix), dtype=matrix.dtype), lower=True)[0]
 
@@ -43,7 +43,7 @@ def solve(factored, vector) -> jax.Array:
 def eigen(matrix) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues, those that are but rounding errors set to zero, and eigenvectors as columns."""
     values, vectors = jnp.linalg.eigh(matrix)
-    least = len(matrix) * jnp.finfo(matrix.dtype).eps * values[-1]
+    least = len(matrix) * jnp.finfo(matrix.dtype).eps * jnp.max(values, initial=0)
     return jnp.where(values > least, values, 0), vectors
 
 

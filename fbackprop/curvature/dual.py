@@ -89,11 +89,12 @@ class DualGaussNewton(Curvature):
             u = cholesky.solve(factored, s.reshape(-1)).reshape(s.shape)
             return optax.tree.scale(1 / raised, optax.tree.sub(v, self.back(u)))
 
+        tree = self.space.wide(tree)
         x = solved(tree)
         for _ in range(2):
             left = optax.tree.sub(tree, optax.tree.add_scale(self.matvec(x), damping, x))
             x = optax.tree.add(x, solved(left))
-        return x
+        return self.space.cast(x)
 
     def diagonal(self):
         return self.rows.squares(self._roots**2)

@@ -35,7 +35,11 @@ class _Blocks(Curvature):
     @property
     def space(self):
         """Every leaf has a block, which knows the leaf's shape."""
-        return Space.of(self._map(lambda blocks: jnp.zeros(blocks[0].place.leaf, blocks[0].dtype)))
+
+        def like(blocks):
+            return np.broadcast_to(np.zeros((), blocks[0].dtype), blocks[0].place.leaf)
+
+        return Space.of(self._map(like))
 
     def _map(self, function: Callable, *trees):
         """A function of every leaf's blocks, and of the leaves of trees like the parameters."""
@@ -70,7 +74,7 @@ class _Blocks(Curvature):
 
     def _arranged(self, tree) -> list:
         """The elements (g, i, o) that each block is for."""
-        leaves = self._structure.flatten_up_to(tree)
+        leaves = self.space.check(tree)
         return [block.arrange(k, leaves) for k, block in self._all]
 
     def matvec(self, tree):
@@ -278,7 +282,8 @@ def _factors_of(matrices: Sequence) -> list[_Factor]:
     sums = jax.ops.segment_sum(line, rows, sum(counts), indices_are_sorted=True)
     largest = jax.ops.segment_max(line, rows, sum(counts), indices_are_sorted=True)
     ends = np.cumsum(counts)[:-1]
-    found = (jnp.split(x, ends) for x in (sums / lengths.astype(line.dtype), largest))
+    sizes = np.maximum(lengths, 1).astype(line.dtype)  # an empty leaf has factors without elements
+    found = (jnp.split(x, ends) for x in (sums / sizes, largest))
     return [
         _Factor(x, *(numbers.astype(x.dtype) for numbers in both))
         for x, *both in zip(matrices, *found, strict=True)

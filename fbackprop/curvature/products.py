@@ -103,7 +103,13 @@ class GaussNewton(_Products):
         return self._pushforward(self.space.cast(tree))[0]
 
     def matvec(self, tree):
-        return self._pullback(self._curved(self.pushforward(tree)))[0]
+        found = self._pullback(self._curved(self.pushforward(tree)))[0]
+        return jax.tree.map(self._zero_if_fixed, found, self.objective.params)
+
+    @staticmethod
+    def _zero_if_fixed(image, param):
+        """Integers have no derivative: theirs are zeros of their own type."""
+        return image if is_inexact(type_of(param)) else jnp.zeros_like(param)
 
     def quadratic(self, tree):
         change = self.pushforward(tree)

@@ -67,6 +67,10 @@ class Space(NamedTuple):
         pairs = zip(self.check(tree), self.dtypes, strict=True)
         return self.structure.unflatten([jnp.asarray(x, dtype) for x, dtype in pairs])
 
+    def wide(self, tree) -> Any:
+        """The tree in one precision, that of the flattened tree; integers too."""
+        return self.structure.unflatten([jnp.asarray(x, self.dtype) for x in self.check(tree)])
+
     def check(self, tree) -> list:
         """The leaves of a tree.
 

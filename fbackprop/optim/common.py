@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from fbackprop.objective import Objective
+from fbackprop.program import value_of
 
 ScalarOrSchedule: TypeAlias = ArrayLike | Callable[[jax.Array], Any]
 
@@ -71,13 +73,40 @@ def at_step(value: ScalarOrSchedule, count) -> Any:
 def check_positive(who: str, **settings) -> None:
     """Refuse settings that are not positive numbers; schedules and traced values pass."""
     for name, value in settings.items():
-        if isinstance(value, int | float) and not value > 0:
-            raise ValueError(f"{who}: {name}={value} must be greater than zero")
+        number = _number(who, name, value)
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"{who}: {name}={value} must be a finite number greater than zero")
+
+
+def check_fraction(who: str, **settings) -> None:
+    """Refuse settings that are not numbers from zero to below one; traced values pass."""
+    for name, value in settings.items():
+        number = _number(who, name, value)
+        if number is not None and not 0 <= number < 1:
+            raise ValueError(f"{who}: {name}={value} must be at least zero and below one")
 
 
 def check_damping(who: str, damping) -> None:
-    if isinstance(damping, int | float) and not damping >= 0:
-        raise ValueError(f"{who}: damping={damping} must not be negative")
+    number = _number(who, "damping", damping)
+    if number is not None and not 0 <= number < math.inf:
+        raise ValueError(f"{who}: damping={damping} must be a finite number, and not negative")
+
+
+def check_start(who: str, damping) -> None:
+    """Refuse a schedule for a damping that adapts itself."""
+    if callable(damping):
+        raise TypeError(f"{who}: its damping adapts itself: give the number that it starts with")
+    check_positive(who, damping=damping)
+
+
+def _number(who: str, name: str, value) -> float | None:
+    """The value of a setting; None for a schedule, and for what is traced."""
+    known = None if callable(value) else value_of(value)
+    if known is None:
+        return None
+    if isinstance(known, str) or jnp.shape(known) != ():
+        raise TypeError(f"{who}: {name}={value!r} must be a number")
+    return float(known)
 
 
 def check_updates(who: str, updates, params) -> None:
@@ -113,7 +142,7 @@ def zero_unless(condition, tree):
 
 def scalar_like(value, tree) -> jax.Array:
     """A number in the precision of a tree's sums, at least single."""
-    dtypes = [x.dtype for x in jax.tree.leaves(tree)]
+    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(tree)]
     return jnp.asarray(value, jnp.result_type(jnp.float32, *dtypes))
 
 

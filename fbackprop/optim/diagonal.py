@@ -14,6 +14,7 @@ from fbackprop.optim.common import (
     ScalarOrSchedule,
     at_step,
     check_damping,
+    check_fraction,
     check_positive,
     check_updates,
     is_finite,
@@ -75,14 +76,19 @@ def diagonal_gauss_newton(
     who = "diagonal_gauss_newton"
     check_damping(who, damping)
     check_positive(who, every=every)
+    check_fraction(who, momentum=momentum, decay=decay)
     if clip is not None:
         check_positive(who, clip=clip)
     quantity = GGNDiagonal(samples=1) if curvature is None else curvature
+    if not isinstance(quantity, GGNDiagonal | FisherDiagonal) or quantity.per_example:
+        raise TypeError(
+            f"{who}: curvature={quantity!r} must be a fb.GGNDiagonal or fb.FisherDiagonal of the "
+            "batch"
+        )
 
     def init(params):
-        zero = jnp.zeros((), jnp.int32)
-        mean, diagonal = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
-        return DiagonalState(zero, mean, diagonal, zero)
+        mean, diagonal = (jax.tree.map(_blank, params) for _ in range(2))
+        return DiagonalState(jnp.zeros((), jnp.int32), mean, diagonal, jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None, *, objective=None, **extra):
         del extra
@@ -92,13 +98,15 @@ def diagonal_gauss_newton(
         def measured():
             key = jax.random.fold_in(jax.random.key(seed), state.steps)
             new = problem.sweep(key, diagonal=quantity)["diagonal"]
+            new = jax.tree.map(lambda x: jnp.maximum(x, 0), new)  # of a loss that is not convex
             diagonal = optax.tree.update_moment(new, state.diagonal, decay, 1)
             diagonal = optax.tree.cast_like(diagonal, state.diagonal)
             return where(is_finite(diagonal), diagonal, state.diagonal)
 
         diagonal = lax.cond(state.steps % every == 0, measured, lambda: state.diagonal)
         finite = is_finite(updates)
-        mean = where(finite, optax.tree.update_moment(updates, state.mean, momentum, 1), state.mean)
+        moment = optax.tree.update_moment(updates, state.mean, momentum, 1)
+        mean = where(finite, optax.tree.cast_like(moment, state.mean), state.mean)
         h = optax.tree.bias_correction(diagonal, decay, state.steps // every + 1)
         m = optax.tree.bias_correction(mean, momentum, state.steps + 1)
         step = Diagonal(h).solve(m, at_step(damping, state.steps))
@@ -108,3 +116,9 @@ def diagonal_gauss_newton(
         return zero_unless(finite, step), DiagonalState(state.steps + 1, mean, diagonal, skipped)
 
     return with_learning_rate(optax.GradientTransformationExtraArgs(init, update), learning_rate)
+
+
+def _blank(param):
+    """Zeros for an average; of integers, which have no gradient, too."""
+    dtype = jnp.result_type(param)
+    return jnp.zeros(jnp.shape(param), dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32)

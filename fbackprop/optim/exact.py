@@ -27,6 +27,15 @@ def check_space(space: str) -> None:
         raise ValueError(f"space={space!r}: choose one of {', '.join(map(repr, SPACES))}")
 
 
+def rows_of(curvature: GGNRows | None, samples: int | None = None) -> GGNRows:
+    """What a user has given for rows, checked; by default those of `samples`."""
+    if curvature is None:
+        return GGNRows(samples)
+    if not isinstance(curvature, GGNRows):
+        raise TypeError(f"curvature={curvature!r} must be a fb.GGNRows")
+    return curvature
+
+
 def gauss_newton(
     learning_rate: ScalarOrSchedule = 1.0,
     damping: ScalarOrSchedule | None = None,
@@ -58,7 +67,7 @@ def gauss_newton(
       A transformation whose `update` takes ``objective=``, an `Objective`.
     """
     check_space(space)
-    rows = GGNRows() if curvature is None else curvature
+    rows = rows_of(curvature)
 
     def measure(objective: Objective, key: jax.Array) -> Curvature:
         return exact_curvature(objective, key, rows, space)
@@ -80,5 +89,5 @@ def natural_gradient(
     Hessian, one for each example (Amari 1998; Martens 2020). Arguments are those of `gauss_newton`,
     with ``curvature=GGNRows(samples=1)`` by default.
     """
-    rows = GGNRows(samples=1) if curvature is None else curvature
+    rows = rows_of(curvature, samples=1)
     return gauss_newton(learning_rate, damping, space=space, curvature=rows)

@@ -16,7 +16,9 @@ from fbackprop.optim.common import (
     Pending,
     ScalarOrSchedule,
     at_step,
+    check_fraction,
     check_positive,
+    check_start,
     check_updates,
     complete,
     is_finite,
@@ -82,7 +84,7 @@ class Solver(NamedTuple):
 
 def kfac(
     learning_rate: ScalarOrSchedule | None = None,
-    damping: float = 1.0,
+    damping: ScalarOrSchedule = 1.0,
     *,
     momentum: float = 0.9,
     decay: float | None = None,
@@ -113,7 +115,8 @@ def kfac(
     Args:
       learning_rate: η, a number or a schedule; None for α and μ of the quadratic model, which
         needs no tuning.
-      damping: λ at the start, in the units of the curvature.
+      damping: λ at the start, in the units of the curvature; where it is not adaptive, a number or
+        a schedule.
       momentum: of a step with a learning rate.
       decay: of the running averages from one renewal to the next; they start as plain means. None
         for max(0, 1 − N/2560): averages of about 2,560 examples.
@@ -145,7 +148,7 @@ def kfac(
 
 def ekfac(
     learning_rate: ScalarOrSchedule | None = None,
-    damping: float = 1.0,
+    damping: ScalarOrSchedule = 1.0,
     *,
     momentum: float = 0.9,
     decay: float | None = None,
@@ -186,9 +189,16 @@ def _factored(
     who: str, solver: Solver, quantity: Kronecker, learning_rate, damping, momentum, decay, every,
     adaptive, norm_constraint, seed,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    check_positive(who, damping=damping, every=every)
+    if adaptive:
+        check_start(who, damping)
+    else:
+        check_positive(who, damping=damping)
+    check_positive(who, every=every)
+    check_fraction(who, momentum=momentum, **({} if decay is None else {"decay": decay}))
     if norm_constraint is not None:
         check_positive(who, norm_constraint=norm_constraint)
+    if not isinstance(quantity, Kronecker):
+        raise TypeError(f"{who}: curvature={quantity!r} must be a fb.Kronecker")
 
     # Compiled, so that their traces are kept: the state's shapes take one, the step another.
 
@@ -199,13 +209,13 @@ def _factored(
     make = jax.jit(solver.make)
 
     def first_solver(objective: Objective, key):
-        return make(measure(objective, key), scalar_like(damping, objective.params))
+        return make(measure(objective, key), scalar_like(at_step(damping, 0), objective.params))
 
     def init(params):
         structure = jax.tree.structure(params)
         return FactoredState(
             steps=jnp.zeros((), jnp.int32),
-            damping=scalar_like(damping, params),
+            damping=scalar_like(at_step(damping, 0), params),
             ratio=scalar_like(1.0, params),
             velocity=jax.tree.map(jnp.zeros_like, params),
             factors=Pending(measure, structure),
@@ -229,6 +239,9 @@ def _factored(
         check_updates(who, updates, params)
         problem = objective_of(objective, updates, who)
         state = complete(state, objective)
+        if not adaptive:
+            given = jnp.asarray(at_step(damping, state.steps), state.damping.dtype)
+            state = state._replace(damping=given)
         part = part_of(problem)
         key = jax.random.fold_in(jax.random.key(seed), state.steps)
         is_time = state.steps % every == 0
@@ -258,7 +271,7 @@ def _factored(
             return jnp.where(finite, total, 0).astype(param.dtype)
 
         change = jax.tree.map(combined, *both, params)
-        damping, ratio = state.damping, state.ratio
+        judged = state.damping, state.ratio
         if adaptive:
 
             def judge():
@@ -268,11 +281,11 @@ def _factored(
                 ratio = reduction_ratio(expected.value, after, promised).astype(state.ratio.dtype)
                 return _next(state.damping, ratio, every, factors, problem.n_examples), ratio
 
-            damping, ratio = lax.cond(is_time & finite, judge, lambda: (state.damping, state.ratio))
+            judged = lax.cond(is_time & finite, judge, lambda: (state.damping, state.ratio))
         after = FactoredState(
             steps=state.steps + 1,
-            damping=damping,
-            ratio=ratio,
+            damping=judged[0],
+            ratio=judged[1],
             velocity=change,
             factors=factors,
             solver=made,
@@ -298,7 +311,7 @@ def _next(damping, ratio, every, factors: KroneckerFactors, n_examples: int):
     omega = jnp.asarray(OMEGA, damping.dtype) ** every
     found = adapted(damping, ratio, Rule(shrink=omega, grow=1 / omega, rejected=1 / omega))
     least = (SMALL / n_examples) ** 2 * factors.trace() / factors.space.size
-    return jnp.maximum(found, least)
+    return jnp.maximum(found, least.astype(found.dtype))
 
 
 def _memory(n_examples: int) -> float:

@@ -11,7 +11,9 @@ from jax import lax
 
 from fbackprop.curvature.products import GaussNewton
 from fbackprop.optim.common import (
+    check_fraction,
     check_positive,
+    check_start,
     check_updates,
     is_finite,
     objective_of,
@@ -67,7 +69,9 @@ def hessian_free(
       A transformation whose `update` takes ``objective=``, an `Objective`, and may be given
       ``value=``, the loss at the parameters. An update that would not lower the loss is zero.
     """
-    check_positive("hessian_free", damping=damping, max_iterations=max_iterations)
+    check_start("hessian_free", damping)
+    check_positive("hessian_free", max_iterations=max_iterations)
+    check_fraction("hessian_free", warm_start=warm_start)
 
     def init(params):
         return HessianFreeState(
@@ -83,7 +87,7 @@ def hessian_free(
         check_updates("hessian_free", updates, params)
         problem = objective_of(objective, updates, "hessian_free")
         value = problem.value() if value is None else value
-        value = value.astype(state.ratio.dtype)
+        value = jnp.asarray(value, state.ratio.dtype)
         operator = GaussNewton.of(problem)
 
         def loss(change):

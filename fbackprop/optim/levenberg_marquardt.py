@@ -10,14 +10,14 @@ import optax
 
 from fbackprop.curvature.dual import GGNRows
 from fbackprop.optim.common import (
-    check_positive,
+    check_start,
     check_updates,
     is_finite,
     objective_of,
     scalar_like,
     zero_unless,
 )
-from fbackprop.optim.exact import check_space, exact_curvature
+from fbackprop.optim.exact import check_space, exact_curvature, rows_of
 from fbackprop.optim.reduction import Rule, adapted, reduction_ratio
 
 RULE = Rule(shrink=1 / 3, grow=2.0, rejected=4.0)
@@ -59,9 +59,9 @@ def levenberg_marquardt(
       A transformation whose `update` takes ``objective=``, an `Objective`, and may be given
       ``value=``, the loss at the parameters, and ``value_fn=``, the loss as a function of them.
     """
-    check_positive("levenberg_marquardt", damping=damping)
+    check_start("levenberg_marquardt", damping)
     check_space(space)
-    rows = GGNRows() if curvature is None else curvature
+    rows = rows_of(curvature)
 
     def init(params):
         return LevenbergMarquardtState(

@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from fbackprop.objective import Objective
 from fbackprop.optim.common import complete, is_finite, where
+from fbackprop.optim.diagonal import DiagonalState
+from fbackprop.optim.factored import FactoredState
+from fbackprop.optim.hessian_free import HessianFreeState
+from fbackprop.optim.levenberg_marquardt import LevenbergMarquardtState
+from fbackprop.optim.precondition import PreconditionState
 
 REPORTED = ("damping", "ratio", "skipped", "iterations", "accepted")
+# Those of the family, which stay finite of themselves.
+STATES = (
+    DiagonalState,
+    FactoredState,
+    HessianFreeState,
+    LevenbergMarquardtState,
+    PreconditionState,
+)
 
 
 class Step:
@@ -19,6 +31,8 @@ class Step:
 
     def __init__(self, model: Callable, loss: Callable, optimizer, chunk: int | None):
         self.model, self.loss, self.chunk = model, loss, chunk
+        if isinstance(optimizer, optax.MultiSteps):  # passes on what else it is given
+            optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
         self.optimizer = optax.with_extra_args_support(optimizer)
         self._compiled = jax.jit(self._run)
 
@@ -64,7 +78,7 @@ class Step:
         def value_fn(params, objective=objective):  # optax hands it what else it was given
             return objective.value(params)
 
-        updates, state = self.optimizer.update(
+        updates, after = self.optimizer.update(
             gradient,
             state,
             params,
@@ -73,14 +87,36 @@ class Step:
             value_fn=value_fn,
             objective=objective,
         )
-        finite = is_finite(updates)
-        params = where(finite, optax.apply_updates(params, updates), params)
+        new = optax.apply_updates(params, updates), *_parts(after)[0]
+        old = params, *_parts(state)[0]
+        params, *state = where(is_finite(gradient, updates), new, old)
+        members, structure = _parts(after)[1:]
         info = {"loss": value}
         for name in REPORTED:
-            found = [x for _, x in optax.tree.get_all_with_path(state, name)]
-            if len(found) == 1 and jnp.shape(found[0]) == ():
+            found = [getattr(member, name) for member in members if hasattr(member, name)]
+            if len(found) == 1:
                 info[name] = found[0]
-        return params, state, info
+        return params, structure(state, members), info
+
+
+def _parts(state) -> tuple[list, list, Callable]:
+    """Of a state the arrays of other transformations, the states of the family's members, and how.
+
+    The last puts the two together again.
+    """
+    nodes, structure = jax.tree.flatten(state, is_leaf=_is_member)
+    own = [_is_member(node) for node in nodes]
+
+    def together(others, members):
+        others, members = iter(others), iter(members)
+        return structure.unflatten([next(members if mine else others) for mine in own])
+
+    others = [node for node, mine in zip(nodes, own, strict=True) if not mine]
+    return others, [node for node, mine in zip(nodes, own, strict=True) if mine], together
+
+
+def _is_member(node) -> bool:
+    return isinstance(node, STATES)
 
 
 def step(
@@ -94,7 +130,8 @@ def step(
 
     It hands the optimizer the gradient of the batch's mean loss, and what more it may ask for by
     optax's conventions: ``value``, ``grad``, ``value_fn``, and the `Objective` that curvature is
-    measured of. An update that is not finite is not made.
+    measured of. An update that is not finite is not made, and leaves the optimizer's state as it
+    was, but for what the family's members note of it.
 
     Args:
       model, loss: of one example, as of `fbackprop.sweep`.

@@ -185,6 +185,57 @@ def test_weights_of_examples_and_a_key():
     np.testing.assert_allclose(gradient, expected[1], atol=1e-12)
 
 
+def test_trees_of_other_shapes_are_refused():
+    problem = small()
+    factors = fb.KroneckerFactors(problem.sweep(kron=fb.Kronecker())["kron"])
+    v = wave(fb.Space.of(problem.params))
+    turned = jax.tree.map(jnp.transpose, v)
+    for operator in (factors, factors.eigen(), fb.GaussNewton.of(problem)):
+        for function in (operator.matvec, operator.solve):
+            with pytest.raises(ValueError, match="pass a tree like the parameters"):
+                function(turned)
+            with pytest.raises(ValueError, match="pass a tree like the parameters"):
+                function([v])
+
+
+def test_integers_have_no_curvature():
+    w = {"w": jnp.ones(3), "n": jnp.array([2])}
+    x = jnp.sin(jnp.arange(12.0)).reshape(4, 3)
+    operator = fb.GaussNewton(
+        lambda p, x: p["n"] * (p["w"] @ x), fb.losses.squared_error, w, (x, x[:, :1])
+    )
+    v = {"w": jnp.array([1.0, -1.0, 0.5]), "n": jnp.array([0])}
+    image = operator.matvec(v)
+    np.testing.assert_allclose(image["w"], 4 * x.T @ (x @ v["w"]) / 4)
+    assert image["n"].tolist() == [0]
+    solved = operator.solve(image | {"w": image["w"] + 0.5 * v["w"]}, 0.5)
+    np.testing.assert_allclose(solved["w"], v["w"], atol=1e-5)
+    single = jax.tree.map(lambda x: x.astype(jnp.float32), v)
+    assert operator.solve(single, 0.5)["w"].dtype == jnp.ones(3).dtype
+
+
+def test_leaves_without_elements():
+    params = {"w": jnp.ones((3, 2)), "e": jnp.zeros((0, 2))}
+    x = jnp.sin(jnp.arange(12.0)).reshape(4, 3)
+
+    def model(p, x):
+        return x @ p["w"] + x[:0] @ p["e"]
+
+    problem = fb.Objective(model, fb.losses.squared_error, params, (x, x[:, :2]))
+    found = problem.sweep(k=fb.Kronecker(), b=fb.GGNBlock())
+    factors = fb.KroneckerFactors(found["k"])
+    np.testing.assert_allclose(factors.trace(), jnp.trace(factors.dense()))
+    blocks = fb.BlockDiagonal(found["b"], fb.Space.of(params))
+    for operator in (factors, factors.eigen(), factors.inverse(1.0), blocks):
+        assert jnp.all(jnp.isfinite(operator.matvec(params)["w"]))
+    for operator in (factors, factors.eigen(), blocks):
+        np.testing.assert_allclose(
+            operator.solve(factors.matvec(params), 0.5)["w"],
+            jnp.linalg.solve(x.T @ x / 4 + 0.5 * jnp.eye(3), x.T @ x / 4 @ params["w"]),
+            atol=1e-10,
+        )
+
+
 def test_pass_through_jit_and_are_averaged_by_tree_map():
     problem = small()
     make = jax.jit(lambda p: fb.GaussNewton.of(problem.at(p)))
@@ -201,6 +252,18 @@ def test_pass_through_jit_and_are_averaged_by_tree_map():
 
 
 def test_sums_and_multiples():
+    v, one, two = jnp.array([2.0, 6.0]), fb.Diagonal(jnp.ones(2)), fb.Diagonal(jnp.array([1.0, 3]))
+    difference = two - one / 2
+    assert difference.matvec(v).tolist() == [1.0, 15.0]
+    assert difference.diagonal().tolist() == [0.5, 2.5]
+    for nothing in (0.0 * two, jnp.zeros(()) * two):
+        assert nothing.solve(v, 0.5).tolist() == [4.0, 12.0]
+        assert nothing.solve(v).tolist() == [0.0, 0.0]
+    assert (2 * two).solve(v, 2.0).tolist() == [0.5, 0.75]
+    with pytest.raises(ValueError, match="not positive semi-definite"):
+        (-1 * two).solve(v, 1.0)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        two + 3
     a = fb.Dense(jnp.array([[2.0, 1.0], [1.0, 3.0]]), fb.Space.of(jnp.zeros(2)))
     b = fb.Diagonal(jnp.array([1.0, 5.0]))
     check(behaves(a + 0.5 * b, a.matrix + jnp.diag(jnp.array([0.5, 2.5]))), rtol=1e-5)

@@ -436,13 +436,155 @@ def test_a_loss_that_is_not_convex():
         assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params))
 
 
+@MEMBERS
+def test_leaves_without_elements_and_of_integers(name):
+    """They are left as they are, and the others are trained."""
+    optimizer, model = FAMILY[name](), lambda p, x: perceptron(p, x) * p["scale"][1]
+    odd = {"empty": jnp.zeros((0, 3)), "scale": jnp.arange(3), "is_on": jnp.array([True])}
+    params, batch = perceptron_params() | odd, examples()
+    step = fb.optim.step(model, fb.losses.squared_error, optimizer)
+    found, state, infos = params, optimizer.init(params), []
+    for _ in range(4):
+        found, state, info = step(found, state, batch)
+        infos.append(info)
+    assert infos[3]["loss"] < infos[1]["loss"] < infos[0]["loss"]
+    assert infos[3].get("skipped", 0) == 0 and step.compilations == 1
+    for key, leaf in odd.items():
+        assert found[key].dtype == leaf.dtype and jnp.array_equal(found[key], leaf)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_data_of_double_precision_for_parameters_of_single(name):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype(jnp.float32), perceptron_params())
+        batch = jax.tree.map(lambda x: x.astype(float), examples())
+        found, state, _ = one_step(
+            FAMILY[name](), perceptron, fb.losses.squared_error, params, batch
+        )
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+    assert state.skipped == 0
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_a_schedule_of_damping_that_is_not_adaptive(name):
+    rate, params, batch = 0.1, perceptron_params(), examples()
+    damping = optax.piecewise_constant_schedule(0.5, {1: 4.0})
+    make = lambda damping: FAMILY[name](rate, damping, adaptive=False, every=1)  # noqa: E731
+    injected = optax.inject_hyperparams(FAMILY[name])(rate, damping, adaptive=False, every=1)
+    for optimizer in (make(damping), injected):
+        step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
+        found, state, found_damping = params, optimizer.init(params), []
+        for _ in range(3):
+            found, state, info = step(found, state, batch)
+            found_damping.append(float(info["damping"]))
+        assert found_damping == [0.5, 2.0, 2.0]
+    with pytest.raises(TypeError, match="adapts itself: give the number"):
+        FAMILY[name](damping=damping)
+
+
+def test_the_diagonal_of_a_concave_loss_is_no_curvature():
+    """A step goes down all the same."""
+    optimizer = fb.optim.diagonal_gauss_newton(damping=0.1, curvature=fb.GGNDiagonal())
+    step = fb.optim.step(linear, lambda z, y: jnp.sum(jnp.cos(z - y)), optimizer)
+    params, batch = jnp.array([[0.5], [0.2], [0.1]]), (normal(0, 8, 3) / 3, jnp.zeros((8, 1)))
+    state, losses = optimizer.init(params), []
+    for _ in range(5):
+        params, state, info = step(params, state, batch)
+        losses.append(info["loss"])
+    assert all(after < before for before, after in zip(losses, losses[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adam(0.01),
+        optax.lbfgs(),
+        optax.chain(optax.trace(0.9), fb.optim.gauss_newton(damping=1.0)),
+        optax.chain(fb.optim.gauss_newton(damping=1.0), optax.trace(0.5)),
+    ],
+    ids=["adam", "lbfgs", "after momentum", "before momentum"],
+)
+def test_a_batch_that_is_not_finite_leaves_no_trace(optimizer):
+    step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
+    params, batch = perceptron_params(), examples()
+    params, state, _ = step(params, optimizer.init(params), batch)
+    bad = batch[0].at[0, 0].set(jnp.nan), batch[1]
+    after, after_state, info = step(params, state, bad)
+    jax.tree.map(np.testing.assert_array_equal, after, params)
+    assert jnp.isnan(info["loss"])
+    good = [step(params, s, batch)[0] for s in (state, after_state)]
+    jax.tree.map(np.testing.assert_array_equal, *good)
+
+
+def test_gradients_of_several_batches():
+    """optax.MultiSteps, which accumulates them."""
+    optimizer = optax.MultiSteps(fb.optim.gauss_newton(damping=1.0), 2)
+    step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
+    params, batch = perceptron_params(), examples()
+    first, state, _ = step(params, optimizer.init(params), batch)
+    jax.tree.map(np.testing.assert_array_equal, first, params)
+    second, _, _ = step(first, state, batch)
+    expected = one_step(
+        fb.optim.gauss_newton(damping=1.0), perceptron, fb.losses.squared_error, params, batch
+    )[0]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), second, expected)
+
+
+def test_what_is_reported_is_the_optimizers_own():
+    """Whatever the parameters are called."""
+    params = {"ratio": normal(0, 3, 2), "damping": jnp.ones(())}
+
+    def model(p, x):
+        return p["damping"] * (x @ p["ratio"])
+
+    _, _, info = one_step(fb.optim.kfac(), model, fb.losses.squared_error, params, examples())
+    assert info["damping"].shape == () and info["ratio"].shape == ()
+
+
+@MEMBERS
+def test_states_may_be_donated(name):
+    optimizer, params = FAMILY[name](), perceptron_params()
+    step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
+    state = step.init(params, examples())
+    found, _, _ = jax.jit(step, donate_argnums=(0, 1))(params, state, examples())
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: fb.optim.gauss_newton(damping=np.float32(-1)), ValueError, "damping=-1.0"),
+        (lambda: fb.optim.natural_gradient(damping=jnp.array(-1.0)), ValueError, "negative"),
+        (lambda: fb.optim.gauss_newton(damping="0.1"), TypeError, "damping='0.1'"),
+        (lambda: fb.optim.levenberg_marquardt(jnp.inf), ValueError, "damping=inf"),
+        (lambda: fb.optim.hessian_free(lambda step: 1.0), TypeError, "adapts itself"),
+        (lambda: fb.optim.hessian_free(warm_start=1.5), ValueError, "warm_start=1.5"),
+        (lambda: fb.optim.diagonal_gauss_newton(momentum=jnp.nan), ValueError, "momentum=nan"),
+        (lambda: fb.optim.kfac(decay=2.0), ValueError, "decay=2.0"),
+        (lambda: fb.optim.kfac(curvature=fb.GGNDiagonal()), TypeError, "fb.Kronecker"),
+        (lambda: fb.optim.gauss_newton(curvature=fb.Kronecker()), TypeError, "fb.GGNRows"),
+        (lambda: fb.optim.diagonal_gauss_newton(curvature=fb.Gram()), TypeError, "fb.GGNDiagonal"),
+    ],
+)
+def test_wrong_settings_are_refused(make, error, words):
+    with pytest.raises(error, match=words) as raised:
+        make()
+    assert "\n" not in str(raised.value)
+
+
+@MEMBERS
+def test_no_parameters_are_refused(name):
+    with pytest.raises(ValueError, match="no parameters to update"):
+        one_step(FAMILY[name](), lambda p, x: x[:2], fb.losses.squared_error, {}, examples())
+
+
 def test_errors_name_what_was_wrong():
     optimizer, params = fb.optim.kfac(), perceptron_params()
     with pytest.raises(TypeError, match="pass objective="):
         optimizer.update(params, optimizer.init(params), params)
     with pytest.raises(ValueError, match="pass params to update"):
         optimizer.update(params, optimizer.init(params))
-    with pytest.raises(ValueError, match="damping=-1 must be greater than zero"):
+    with pytest.raises(ValueError, match="damping=-1 must be a finite number greater than zero"):
         fb.optim.kfac(damping=-1)
     with pytest.raises(ValueError, match="choose one of 'auto', 'primal', 'dual'"):
         fb.optim.gauss_newton(space="both")
