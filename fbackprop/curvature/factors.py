@@ -132,7 +132,8 @@ class KroneckerFactors(_Blocks):
             if is_apart:
                 return found
             alone = KroneckerFactors(blocks)
-            return conjugate_gradients(alone, leaf, damping, 10 * jnp.finfo(leaf.dtype).eps)
+            solution = conjugate_gradients(alone, leaf, damping, 10 * jnp.finfo(leaf.dtype).eps)
+            return solution.astype(leaf.dtype)
 
         return self._map(of_leaf, apart, tree, solved)
 
