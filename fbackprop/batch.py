@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from fbackprop.columns import Example
+from fbackprop.columns import Example, is_count
 from fbackprop.examples import Examples, examples_of, length, total_weight
 from fbackprop.gradients import Gradients
 from fbackprop.model import Tapped, check_params, needs_key, takes_key, tapped_model
@@ -76,7 +75,7 @@ def sweep(
             raise TypeError(f"the {role} must be a function, but it is {function!r}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", but it is {reduction!r}')
-    if chunk is not None and not (isinstance(chunk, int | np.integer) and chunk > 0):
+    if chunk is not None and not is_count(chunk):
         raise ValueError(f"chunk={chunk}: give a whole number of examples, at least one")
     for name, quantity in quantities.items():
         if not isinstance(quantity, Quantity):

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
@@ -79,8 +80,13 @@ class Example(NamedTuple):
         return jax.tree.leaves(grad(moving.loss)(moving.prediction, target))
 
 
+def is_count(x) -> bool:
+    """Whether this is a whole number from one up."""
+    return isinstance(x, int | np.integer) and not isinstance(x, bool) and bool(x > 0)
+
+
 def _check_samples(samples) -> None:
-    if not isinstance(samples, int) or samples < 1:
+    if not is_count(samples):
         raise ValueError(f"samples={samples}: draw a whole number of samples, at least one")
 
 
@@ -171,6 +177,13 @@ class Labels:
 
         found = jax.vmap(column)(jax.random.split(example.key, self.samples))
         return jax.tree.map(lambda x: x / self.samples**0.5, found), None
+
+
+def labels(samples: int, label: Callable | str | None) -> Labels:
+    """Labels drawn by a function; or by the loss itself, for "model" and None."""
+    if not (label is None or label == "model" or callable(label)):
+        raise ValueError(f'label={label!r}: give "model", or a function that draws a label')
+    return Labels(samples, label if callable(label) else None)
 
 
 # --- roots ----------------------------------------------------------------------------------------

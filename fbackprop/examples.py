@@ -84,10 +84,15 @@ def length(trees, weights) -> int:
 
 
 def _check_weights(weights) -> None:
+    dtype = weights.dtype if hasattr(weights, "dtype") else np.asarray(weights).dtype
+    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+        raise TypeError(f"weights must be real numbers, but are of dtype {dtype}")
     if jnp.ndim(weights) != 1:
         raise ValueError(f"weights must have shape (N,), but have {jnp.shape(weights)}")
     known = value_of(weights)
     if known is not None:
+        if not np.all(np.isfinite(known)):
+            raise ValueError("weights must be finite: an example counts as much as it weighs")
         if np.any(np.asarray(known) < 0):
             raise ValueError("weights must not be negative: an example counts as much as it weighs")
         if not np.any(np.asarray(known)):

@@ -303,7 +303,12 @@ class Gradients:
         return {weight: bias for weight, bias in found.items() if bias is not None}
 
     def _bias_of(self, group: Group) -> tuple[int, BiasRow] | None:
-        """The bias added to all that a group's weight gives, if it is used for nothing else."""
+        """The bias added to all that a group's weight gives, if it is used for nothing else.
+
+        Not in a branch: of the examples that do not take it the weight has no activation.
+        """
+        if any(placed.site.use and placed.site.use.branches for placed in group.members):
+            return None
         biases = [placed.site.use and placed.site.use.bias for placed in group.members]
         weight = biases[0].weight if biases[0] else None
         if weight is None or not all(bias and bias.weight == weight for bias in biases):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fbackprop.sites import Dense, Layout, OneHot, Site, contract, wide
+from fbackprop.sites import Dense, Layout, OneHot, Site, contract, most_places, wide
 
 
 class Place(NamedTuple):
@@ -247,7 +247,7 @@ def block_of_sites(
       sharing: "expand" or "reduce".
       bias: what is added wherever the weight is used, to be one row more.
     """
-    n_places = sum(site.places for site in sites)
+    n_places = most_places(sites)
     into: list[Dense | OneHot] = [site.rows for site in sites]
     if bias is not None:
         into = [_with_one(p) for p in into]

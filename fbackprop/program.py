@@ -325,9 +325,10 @@ def trace_function(
         out, aux = f(*jax.tree.unflatten(structure, leaves)), ()
         if has_aux:
             if not isinstance(out, tuple | list) or len(out) != 2:
+                what = "an array" if isinstance(out, core.Tracer) else f"a {type(out).__name__}"
                 raise TypeError(
                     "has_aux=True means that the function returns a pair (output, aux), but it "
-                    f"returned {type(out).__name__}: {out}"
+                    f"returned {what}"
                 )
             out, aux = out
         out_leaves, out_structure = jax.tree.flatten(out)
@@ -817,12 +818,14 @@ def sharding_of(aval, axes: Sequence[int] | None = None):
     None without a mesh: then sharding is the compiler's affair.
     """
     sharding = cotangent_aval(aval).sharding
-    if sharding.mesh.empty:
-        return None
-    if axes is None:
-        return sharding
-    spec = jax.sharding.PartitionSpec(*(sharding.spec[i] for i in axes))
-    return jax.sharding.NamedSharding(sharding.mesh, spec)
+    mesh, spec = sharding.mesh, sharding.spec
+    if mesh.empty:  # also of what is no array of JAX's, in a program on a mesh: a copy on each
+        mesh, spec = jax.sharding.get_abstract_mesh(), (None,) * aval.ndim
+        if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+            return None
+    order = range(aval.ndim) if axes is None else axes
+    spec = jax.sharding.PartitionSpec(*(spec[i] for i in order))
+    return jax.sharding.NamedSharding(mesh, spec)
 
 
 def scalar(value, aval):

@@ -55,6 +55,7 @@ class Use(NamedTuple):
       loops: the loops around it, the outermost first. What the use returns and the nudges it takes
         have one leading axis for each.
       bias: the vector that is added to all of its result, if any.
+      branches: the conditionals around it, the outermost first, each with the number of the branch.
     """
 
     eqn: Equation
@@ -62,6 +63,7 @@ class Use(NamedTuple):
     weight: int
     loops: tuple[Loop, ...] = ()
     bias: Bias | None = None
+    branches: tuple[tuple[Equation, int], ...] = ()
 
     def within(self, places: Sequence[int], loop: Callable = lambda weight: ()) -> Use:
         """As the program around sees it.
@@ -79,6 +81,17 @@ class Use(NamedTuple):
     @property
     def nudge_shape(self) -> tuple[int, ...]:
         return (*(loop.length for loop in self.loops), *self.eqn.out_avals[0].shape)
+
+
+def untaken(dtype):
+    """What stands for an element that a branch not taken would have met.
+
+    Zero, or of indices, which all mean a row, one far outside of any table.
+    """
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return 0
+    info = jnp.iinfo(dtype)
+    return info.min if info.min < 0 else info.max
 
 
 class Weight(NamedTuple):
@@ -451,13 +464,18 @@ class _Call(_Inner):
 
 
 class _Branches(_Inner):
-    """`cond` and `switch`: what a branch not taken would have met is zero."""
+    """`cond` and `switch`: what a branch not taken would have met is `untaken`."""
 
     def __init__(self, eqn, rules, moving, given):
         super().__init__(eqn)
         programs = [program_of(jaxpr) for jaxpr in eqn.params["branches"]]
         self.parts = [separate(p, rules, moving[1:], given[1:]) for p in programs]
         self.adopted = [self._adopt(part, eqn.inputs[1:]) for part in self.parts]
+        numbers = [b for b, part in enumerate(self.parts) for _ in part.uses]
+        self.uses = [
+            use._replace(branches=((eqn, b), *use.branches))
+            for b, use in zip(numbers, self.uses, strict=True)
+        ]
 
     def prepare(self, operands):
         weights: dict[int, Any] = {}
@@ -479,7 +497,7 @@ class _Branches(_Inner):
         def branch(b):
             def run():
                 outs, met = runs[b]()
-                seen = [met if i == b else _zeros_like(s) for i, s in enumerate(shapes)]
+                seen = [met if i == b else jax.tree.map(_untaken, s) for i, s in enumerate(shapes)]
                 return outs, [x for part in seen for x in part]
 
             return run
@@ -487,8 +505,8 @@ class _Branches(_Inner):
         return lax.switch(index, [branch(b) for b in range(len(runs))])
 
 
-def _zeros_like(shapes):
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+def _untaken(shape):
+    return jnp.full(shape.shape, untaken(shape.dtype), shape.dtype)
 
 
 class _Scan(_Inner):

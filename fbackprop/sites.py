@@ -16,10 +16,11 @@ Axes, throughout:
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ import numpy as np
 from jax import lax
 
 from fbackprop.passes import pull_function
-from fbackprop.separate import Use
+from fbackprop.separate import Use, untaken
 from fbackprop.table import Rules
 
 
@@ -360,6 +361,25 @@ def site_of(use: Use, met, signals, weight_shape) -> Site:
     return site
 
 
+def most_places(sites: Sequence[Site], depth: int = 0) -> int:
+    """How many places of these sites an example can meet: of the branches of a `cond`, one's.
+
+    Args:
+      sites: of uses of one weight.
+      depth: in how many conditionals all of them are.
+    """
+    found = 0
+    branches: dict = collections.defaultdict(lambda: collections.defaultdict(list))
+    for site in sites:
+        inside = site.use.branches[depth:]
+        if inside:
+            branches[inside[0][0]][inside[0][1]].append(site)
+        else:
+            found += site.places
+    taken = ([most_places(x, depth + 1) for x in each.values()] for each in branches.values())
+    return found + sum(map(max, taken))
+
+
 def row_added(site: Site, size: int) -> np.ndarray | None:
     """Which element of the bias is added to each (g, o) of what a site's weight gives.
 
@@ -449,11 +469,12 @@ def _lookup(use: Use, met, signals, weight_shape) -> Site:
     size = weight_shape[s]
     is_slice = eqn.primitive.name == "dynamic_slice"
     indices = met if is_slice else met[..., 0]  # (n, *loops, *places)
+    is_met = indices != untaken(indices.dtype) if use.branches else True
     if indices.dtype.itemsize < 4:  # may be too narrow for the size
         indices = indices.astype(jnp.int32)
     if is_slice or eqn.params["mode"] == lax.GatherScatterMode.CLIP:
         indices = jnp.clip(indices, 0, size - 1)
-    inside = (indices >= 0) & (indices < size)
+    inside = (indices >= 0) & (indices < size) & is_met
     indices = jnp.where(inside, indices, size).astype(jnp.int32)
     places = range(n_loops, indices.ndim - 1)
     rows = range(n_loops + len(places), signals.ndim - 2)

@@ -62,6 +62,9 @@ class MissingRule(NotImplementedError):
             f'@fb.defrule("{primitive}"){remedy}'
         )
 
+    def __reduce__(self):  # pickled by what it was made of
+        return MissingRule, (self.primitive, self.source, self.remedy)
+
     def seen_from(self, eqn: Equation) -> MissingRule:
         """The same error at the line of an enclosing call, where the inner one is not known.
 
@@ -326,6 +329,8 @@ def defrule(name: str | Primitive):
       >>> float(fb.grad(twice.bind)(3.0))
       2.0
     """
+    if not isinstance(name, str | Primitive):
+        raise TypeError(f"defrule takes a primitive or the name of one, but was given {name!r}")
     if isinstance(name, str) and find_primitive(name) is None:
         raise ValueError(
             f"this JAX ({jax.__version__}) has no primitive called '{name}': use the name that "

@@ -265,6 +265,20 @@ def test_explicitly_sharded_arrays(jit):
         assert [str(jax.typeof(a)) for a in ours] == [str(jax.typeof(a)) for a in theirs]
 
 
+def test_an_unsharded_constant_among_sharded_arrays():
+    """A weight of NumPy's has no sharding, and its gradient is a copy on each device."""
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Explicit,))
+
+    def f(w, x):
+        return jnp.sum((x @ w) ** 2)
+
+    w = np.ones((3, 2), np.float32)
+    with jax.set_mesh(mesh):
+        x = jnp.sin(jnp.arange(12.0)).reshape(4, 3)
+        x = jax.device_put(x, jax.NamedSharding(mesh, P("i")))
+        assert_close(*(jax.jit(lib.grad(f))(w, x) for lib in (fb, jax)))
+
+
 def test_no_recompilation_of_inner_calls():
     chex.clear_trace_counter()
 

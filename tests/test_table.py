@@ -1,5 +1,7 @@
 """Rows of the table: registration, user rules, errors at trace time."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -50,6 +52,25 @@ def test_the_line_is_the_users_though_a_library_called():
         fb.grad(lambda x: jnp.sum(jax.scipy.linalg.schur(x)[0]), strict=True)(jnp.eye(2))
 
 
+def test_what_leads_back_to_itself_is_refused():
+    """The tangents of a `custom_vmap` function are one with more operands, and so on."""
+
+    @jax.custom_batching.custom_vmap
+    def f(x):
+        return jnp.sin(x)
+
+    @f.def_vmap
+    def rule(size, batched, x):
+        return jnp.sin(x), batched[0]
+
+    with pytest.raises(fb.MissingRule, match="custom_vjp around") as info:
+        fb.grad(lambda x: f(x))(1.0)
+    assert str(pickle.loads(pickle.dumps(info.value))) == str(info.value)
+    run = fb.sweep(lambda p, x: f(p) * x, fb.losses.squared_error, g=fb.Gradient())
+    with pytest.raises(fb.MissingRule, match="custom_vjp around"):
+        run(1.0, (jnp.ones(2), jnp.ones(2)))
+
+
 def test_defrule_adds_a_row(cubed):
     @fb.defrule(cubed)
     def rule(ct, x):
@@ -58,6 +79,8 @@ def test_defrule_adds_a_row(cubed):
     assert fb.grad(f_of(cubed), strict=True)(X).tolist() == [3.0, 12.0, 27.0]
     with pytest.raises(ValueError, match="already has a rule"):
         fb.defrule(cubed)(rule)
+    with pytest.raises(TypeError, match="takes a primitive or the name of one"):
+        fb.defrule(3)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from fbackprop.kronecker import (
     diagonal_of,
     matrices_of,
 )
+from fbackprop.program import value_of
 
 _ALTERNATIONS = 20  # of a least-squares fit that converges geometrically
 
@@ -154,6 +155,9 @@ class KroneckerFactors(_Blocks):
         (Martens and Grosse 2015, section 6.3). A vector's block is inverted exactly. The damping
         of each factor is raised to max(n · ε, ε^¾) times its largest diagonal element.
         """
+        known = value_of(damping)
+        if known is not None and not np.all(np.asarray(known) >= 0):
+            raise ValueError(f"damping={known} must not be negative")
         merged = self.merged()
         factors = iter(merged._factors())
         return KroneckerFactors(

@@ -58,7 +58,9 @@ class Quantity:
         Means over examples are sums weighted with `gradients.shares`, which sum to one over the
         whole batch.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"the quantity {type(self).__name__} has no method extract(self, gradients)"
+        )
 
     def scaled(self, found: Any, scale) -> Any:
         """The same of a batch whose loss is `scale` times the mean."""

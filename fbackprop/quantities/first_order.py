@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fbackprop.program import value_of
 from fbackprop.quantities.base import Quantity
 
 
@@ -70,7 +71,8 @@ class ClippedGradient(Quantity):
     per_leaf: bool = False
 
     def __post_init__(self):
-        if isinstance(self.max_norm, int | float) and not self.max_norm > 0:
+        known = value_of(self.max_norm)
+        if known is not None and not known > 0:
             raise ValueError(f"max_norm={self.max_norm}: a norm to clip to must be positive")
 
     def extract(self, gradients):

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fbackprop.columns import HessianRoot, Labels, LossGradient
+from fbackprop.columns import HessianRoot, LossGradient, labels
 from fbackprop.kronecker import KroneckerBlock
 from fbackprop.quantities.base import Quantity
 
@@ -66,7 +66,7 @@ class Kronecker(Quantity):
         if self.empirical:
             return LossGradient()
         if self.label is not None and self.samples is not None:
-            return Labels(self.samples, self.label if callable(self.label) else None)
+            return labels(self.samples, self.label)
         return HessianRoot(self.samples)
 
     def along(self, vectors) -> EigenvalueCorrection:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fbackprop.columns import HessianRoot, Labels, LossGradient, Outputs
+from fbackprop.columns import HessianRoot, LossGradient, Outputs, labels
 from fbackprop.piecewise import refuse_curvature
 from fbackprop.quantities.base import Quantity
 
@@ -81,7 +81,7 @@ class FisherDiagonal(_Diagonal):
 
     Attributes:
       samples: how many labels to draw for each example.
-      label: ``label(key, prediction)`` draws one; None for a loss of `fb.losses`.
+      label: ``label(key, prediction)`` draws one; None, or "model", for a loss of `fb.losses`.
       empirical: whether to use the data's labels instead.
       per_example: whether to return each example's own diagonal, leaves (N, *leaf).
     """
@@ -93,7 +93,7 @@ class FisherDiagonal(_Diagonal):
 
     @property
     def columns(self):
-        return LossGradient() if self.empirical else Labels(self.samples, self.label)
+        return LossGradient() if self.empirical else labels(self.samples, self.label)
 
 
 @dataclasses.dataclass(frozen=True)

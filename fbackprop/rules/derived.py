@@ -71,15 +71,20 @@ def _split(eqn: Equation, rules: Rules, active) -> Split:
 
 @contextlib.contextmanager
 def _no_recurrence(eqn: Equation, active):
-    """An error where deriving a primitive's rule leads back to the same primitive."""
+    """An error where deriving a primitive's rule leads back to the same primitive.
+
+    That it has more operands then makes it no better, as the tangents of a `custom_vmap` function:
+    it would come back for ever.
+    """
     avals = tuple((aval.shape, aval.dtype) for aval in eqn.in_avals)
     signature = (eqn if eqn.primitive.name == "custom_jvp_call" else eqn.primitive, avals, active)
-    if signature in _under_way:
+    grows = any(who is signature[0] and len(avals) > len(other) for who, other, _ in _under_way)
+    if signature in _under_way or grows:
         raise MissingRule(
             eqn.primitive,
             eqn.source,
-            " (none can be derived, since its forward-mode rule uses the primitive itself, and "
-            "it has no transpose)",
+            " or a jax.custom_vjp around its call (none can be derived, since its forward-mode "
+            "rule uses the primitive itself, and it has no transpose)",
         )
     _under_way.append(signature)
     try:

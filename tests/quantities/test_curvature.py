@@ -225,6 +225,12 @@ def test_labels_of_ones_own():
     found = swept(case, jax.random.key(0), f=fb.FisherDiagonal(label=lambda key, z: z - 0.5))
     assert_close(found["f"], jnp.mean(case.batch[0] ** 2))  # the gradient is 2 · 0.5 · x
     kron = fb.Kronecker(3, label=lambda key, z: z - 0.5)
+    known = case._replace(loss=fb.losses.squared_error)
+    of_model, of_loss = (
+        swept(known, jax.random.key(0), f=fb.FisherDiagonal(label=label))["f"]
+        for label in ("model", None)
+    )
+    assert_close(of_model, of_loss)
     assert_close(dense(swept(case, jax.random.key(0), k=kron)["k"])[0, 0], found["f"])
 
 
@@ -393,3 +399,43 @@ def test_a_quantity_of_ones_own():
     )
     g = g / jnp.linalg.norm(g, axis=1, keepdims=True)
     assert_close(swept(case, c=GradientConfusion())["c"], jnp.min(g @ g.T))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("vectors", ["joint", "block"])
+def test_an_example_takes_one_branch(sharing, vectors):
+    """What the weight would have met in the others is no place: with one example, blocks are exact.
+
+    The branches hold a table, a weight used in both of them, and one in a branch of a branch.
+    """
+
+    def model(p, x):
+        return jax.lax.cond(
+            x[0] > 0,
+            lambda: 2 * (x @ p["w"]) + p["b"],
+            lambda: jax.lax.cond(
+                x[1] > 0, lambda: x @ p["w"] + p["b"], lambda: p["table"][jnp.int32(x[2])]
+            ),
+        )
+
+    params = {"w": normal(0, 3, 2), "b": normal(1, 2), "table": normal(2, 4, 2)}
+    quantities = {"k": fb.Kronecker(sharing=sharing, vectors=vectors), "g": fb.GGNBlock()}
+    run = compiled(fb.sweep(model, fb.losses.squared_error, **quantities))
+    for x in ([1.0, 2.0, 3.0], [-1.0, 2.0, 3.0], [-1.0, -2.0, 3.0]):
+        found = run(params, (jnp.array([x]), normal(3, 1, 2)))
+        for name in ("w", "table") + (("b",) if vectors == "block" else ()):
+            blocks = fb.KroneckerFactors(found["k"][name])
+            assert_close(blocks.dense(), found["g"][name])
+
+
+def test_lookups_in_branches():
+    def model(p, i):
+        return jax.lax.cond(i % 2 == 0, lambda: p["table"][i], lambda: p["other"])
+
+    params = {"table": normal(0, 4, 2), "other": normal(1, 2)}
+    batch = jnp.array([2, 2, 1, 1]), normal(2, 4, 2)
+    found = fb.sweep(model, fb.losses.squared_error, k=fb.Kronecker(), e=fb.ExampleGradients())(
+        params, batch
+    )
+    assert_close(found["k"]["table"][0].a, jnp.array([[0, 0, 0.5, 0]]))
+    assert not np.any(found["e"]["table"][2:])

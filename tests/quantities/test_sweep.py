@@ -337,6 +337,11 @@ SQUARED = fb.losses.squared_error
         (lambda: fb.GGNDiagonal(0), ValueError, "samples"),
         (lambda: fb.GGNDiagonal(1.5), ValueError, "samples"),
         (lambda: fb.FisherDiagonal(0), ValueError, "samples"),
+        (lambda: fb.GGNDiagonal(True), ValueError, "samples=True"),
+        (lambda: fb.sweep(linear, SQUARED, chunk=True), ValueError, "chunk=True"),
+        (lambda: fb.ClippedGradient(np.float32(-1)), ValueError, "max_norm=-1"),
+        (lambda: fb.Kronecker(1, label="data"), ValueError, "label='data'"),
+        (lambda: fb.FisherDiagonal(label="data"), ValueError, "label='data'"),
     ],
 )
 def test_wrong_settings_are_refused(build, error, words):
@@ -363,6 +368,10 @@ def test_wrong_batches_are_refused():
     assert "weights: 3" in _raised(run, W, (X, Y), weights=np.ones(3))
     assert "zero" in _raised(run, W, (X, Y), weights=np.zeros(4))
     assert "negative" in _raised(run, W, (X, Y), weights=np.array([1.0, -1.0, 1.0, 1.0]))
+    assert "finite" in _raised(run, W, (X, Y), weights=np.array([1.0, np.nan, 1.0, 1.0]))
+    assert "real" in _raised(run, W, (X, Y), weights=np.ones(4) * 1j, error=TypeError)
+    run = fb.sweep(linear, SQUARED, own=fb.Quantity())
+    assert "extract" in _raised(run, W, (X, Y), error=NotImplementedError)
 
 
 def test_wrong_parameters_are_refused():
