@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from fbackprop.objective import Objective
@@ -87,32 +88,30 @@ class Step:
             value_fn=value_fn,
             objective=objective,
         )
-        new = optax.apply_updates(params, updates), *_parts(after)[0]
-        old = params, *_parts(state)[0]
-        params, *state = where(is_finite(gradient, updates), new, old)
-        members, structure = _parts(after)[1:]
+        new = optax.apply_updates(params, updates)
+        finite = is_finite(gradient, updates)
+        params, after = _kept_unless(finite, (new, after), (params, state))
+        members = [node for node in jax.tree.leaves(after, is_leaf=_is_member) if _is_member(node)]
         info = {"loss": value}
         for name in REPORTED:
             found = [getattr(member, name) for member in members if hasattr(member, name)]
             if len(found) == 1:
                 info[name] = found[0]
-        return params, structure(state, members), info
+        return params, after, info
 
 
-def _parts(state) -> tuple[list, list, Callable]:
-    """Of a state the arrays of other transformations, the states of the family's members, and how.
+def _kept_unless(finite, new, old):
+    """The new tree, or its floating-point arrays as they were.
 
-    The last puts the two together again.
+    The family's members see to their own, and counts go on: they are the same in all of the runs
+    that a `vmap` goes through at once, so that what is done every few steps stays a branch.
     """
-    nodes, structure = jax.tree.flatten(state, is_leaf=_is_member)
-    own = [_is_member(node) for node in nodes]
-
-    def together(others, members):
-        others, members = iter(others), iter(members)
-        return structure.unflatten([next(members if mine else others) for mine in own])
-
-    others = [node for node, mine in zip(nodes, own, strict=True) if not mine]
-    return others, [node for node, mine in zip(nodes, own, strict=True) if mine], together
+    nodes, structure = jax.tree.flatten(new, is_leaf=_is_member)
+    before = jax.tree.leaves(old, is_leaf=_is_member)
+    moving = [not _is_member(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in nodes]
+    pairs = [(x, y) for x, y, m in zip(nodes, before, moving, strict=True) if m]
+    kept = iter(where(finite, *zip(*pairs, strict=True)) if pairs else ())
+    return structure.unflatten([next(kept) if m else x for x, m in zip(nodes, moving, strict=True)])
 
 
 def _is_member(node) -> bool:
@@ -130,8 +129,8 @@ def step(
 
     It hands the optimizer the gradient of the batch's mean loss, and what more it may ask for by
     optax's conventions: ``value``, ``grad``, ``value_fn``, and the `Objective` that curvature is
-    measured of. An update that is not finite is not made, and leaves the optimizer's state as it
-    was, but for what the family's members note of it.
+    measured of. An update that is not finite is not made, and leaves no number in the optimizer's
+    state that is not; steps are counted all the same.
 
     Args:
       model, loss: of one example, as of `fbackprop.sweep`.

@@ -28,9 +28,10 @@ class Kronecker(Quantity):
 
     and "reduce" the same of the mean of a over its places and the sum of b (Eschenhagen et al.
     2023, eqs. 13 and 17). A leaf of which parts are used apart (the slices of a fused projection,
-    the layers of a stack) has factors for each. Leaves without structure, biases among them, have
-    no activations: a vector's B is its exact block, a matrix's rows share one B. Where a loss is
-    concave, its curvature is left out.
+    the layers of a stack) has factors for each. Of the branches of a `cond` an example meets one,
+    and T is the largest number of places that it can. Leaves without structure, biases among them,
+    have no activations: a vector's B is its exact block, a matrix's rows share one B. Where a loss
+    is concave, its curvature is left out.
 
     Attributes:
       samples: None for all columns of a root of the loss's Hessian (KFLR; Botev, Ritter and Barber
@@ -39,8 +40,8 @@ class Kronecker(Quantity):
       vectors: "block" for the exact block of a vector without activations, (P, P) for P elements;
         "diagonal" for its diagonal, which costs nothing to speak of; "joint" to take a bias as one
         more row of the weight to whose products it is added, met by an activation of 1 (Martens and
-        Grosse 2015, section 2.1), and of other vectors the diagonal. The row is in the weight's
-        block; a `BiasBlock` stands in the bias's place.
+        Grosse 2015, section 2.1), and of other vectors, and in branches, the diagonal. The row is
+        in the weight's block; a `BiasBlock` stands in the bias's place.
       empirical: whether to use the data's labels instead, of the gradient itself.
       label: for KFAC with labels drawn by ``label(key, prediction)``, or by "model" for a loss of
         `fb.losses`; None for random combinations of the root's columns.

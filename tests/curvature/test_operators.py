@@ -221,19 +221,21 @@ def test_leaves_without_elements():
     def model(p, x):
         return x @ p["w"] + x[:0] @ p["e"]
 
-    problem = fb.Objective(model, fb.losses.squared_error, params, (x, x[:, :2]))
-    found = problem.sweep(k=fb.Kronecker(), b=fb.GGNBlock())
-    factors = fb.KroneckerFactors(found["k"])
-    np.testing.assert_allclose(factors.trace(), jnp.trace(factors.dense()))
-    blocks = fb.BlockDiagonal(found["b"], fb.Space.of(params))
-    for operator in (factors, factors.eigen(), factors.inverse(1.0), blocks):
-        assert jnp.all(jnp.isfinite(operator.matvec(params)["w"]))
-    for operator in (factors, factors.eigen(), blocks):
-        np.testing.assert_allclose(
-            operator.solve(factors.matvec(params), 0.5)["w"],
-            jnp.linalg.solve(x.T @ x / 4 + 0.5 * jnp.eye(3), x.T @ x / 4 @ params["w"]),
-            atol=1e-10,
-        )
+    def run(params):
+        problem = fb.Objective(model, fb.losses.squared_error, params, (x, x[:, :2]))
+        found = problem.sweep(k=fb.Kronecker(), b=fb.GGNBlock())
+        factors = fb.KroneckerFactors(found["k"])
+        blocks = fb.BlockDiagonal(found["b"], fb.Space.of(params))
+        solved = [a.solve(factors.matvec(params), 0.5) for a in (factors, factors.eigen(), blocks)]
+        return solved, factors.inverse(1.0).matvec(params), factors.trace(), factors.dense()
+
+    solved, inverted, trace, dense = naive.compiled(run)(params)
+    matrix = x.T @ x / 4
+    for tree in solved:
+        expected = jnp.linalg.solve(matrix + 0.5 * jnp.eye(3), matrix @ params["w"])
+        np.testing.assert_allclose(tree["w"], expected, atol=1e-10)
+    assert np.all(np.isfinite(inverted["w"]))
+    np.testing.assert_allclose(trace, np.trace(dense))
 
 
 def test_pass_through_jit_and_are_averaged_by_tree_map():

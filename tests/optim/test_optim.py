@@ -512,8 +512,11 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(optimizer):
     after, after_state, info = step(params, state, bad)
     jax.tree.map(np.testing.assert_array_equal, after, params)
     assert jnp.isnan(info["loss"])
-    good = [step(params, s, batch)[0] for s in (state, after_state)]
-    jax.tree.map(np.testing.assert_array_equal, *good)
+    for x, y in zip(*map(jax.tree.leaves, (state, after_state)), strict=True):
+        if jnp.issubdtype(x.dtype, jnp.inexact):  # counts go on
+            np.testing.assert_array_equal(x, y)
+    after, _, info = step(after, after_state, batch)
+    assert step(after, state, batch)[2]["loss"] < info["loss"]
 
 
 def test_gradients_of_several_batches():
