@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Most tests compile much and run little. What a user's program compiles to is tested with 0 here,
-# as .ci/run does on the newest JAX.
+# as .ci/run does with some of them on the newest JAX.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax

@@ -164,6 +164,7 @@ def test_nist_data_give_the_certified_residual(name):
     np.testing.assert_allclose(squares, DATASETS[name]["rss"][0], rtol=1e-10, atol=1e-19)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_nist_certified_parameters_from_both_starts(name):
     digits, cost, _, converged = nist_fits(name)
@@ -277,6 +278,7 @@ AWKWARD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AWKWARD)
 def test_awkward_problems(name):
     residual, start, solution = AWKWARD[name]

@@ -40,8 +40,8 @@ class Kronecker(Quantity):
       vectors: "block" for the exact block of a vector without activations, (P, P) for P elements;
         "diagonal" for its diagonal, which costs nothing to speak of; "joint" to take a bias as one
         more row of the weight to whose products it is added, met by an activation of 1 (Martens and
-        Grosse 2015, section 2.1), and of other vectors, and in branches, the diagonal. The row is
-        in the weight's block; a `BiasBlock` stands in the bias's place.
+        Grosse 2015, section 2.1); of other vectors, and of biases in branches, the diagonal. The
+        row is in the weight's block; a `BiasBlock` stands in the bias's place.
       empirical: whether to use the data's labels instead, of the gradient itself.
       label: for KFAC with labels drawn by ``label(key, prediction)``, or by "model" for a loss of
         `fb.losses`; None for random combinations of the root's columns.

@@ -153,6 +153,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize(
     "name", ["mlp", "convnet", "resnet", pytest.param("transformer", marks=pytest.mark.slow)]

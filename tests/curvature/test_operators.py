@@ -114,6 +114,7 @@ def rows_of(model, loss, params, batch):
     return fb.Objective(model, loss, params, batch).sweep(rows=fb.GGNRows())["rows"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shapes", "convnet", "scanned_transformer"])
 def test_examples_in_pieces_are_the_same_examples(name):
     case = zoo.CASES[name](jax.random.key(1))
@@ -214,6 +215,7 @@ def test_integers_have_no_curvature():
     assert operator.solve(single, 0.5)["w"].dtype == jnp.ones(3).dtype
 
 
+@pytest.mark.slow
 def test_leaves_without_elements():
     params = {"w": jnp.ones((3, 2)), "e": jnp.zeros((0, 2))}
     x = jnp.sin(jnp.arange(12.0)).reshape(4, 3)

@@ -132,6 +132,7 @@ def test_defects_are_relative():
 # Networks -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lrp-gamma", "lrp-alpha-beta"])
 def test_relevance_passes_skip_connections_and_normalisation(name):
     """What is lost is what reaches windows that are black all over, none of these images'."""

@@ -16,6 +16,7 @@ def test_ratio_is_the_median_of_pairs():
     assert (ratio.lower, ratio.median, ratio.upper, ratio.reference) == (0.75, 1.0, 1.25, 4.0)
 
 
+@pytest.mark.slow
 def test_writes_table_figure_and_json(tmp_path, capsys):
     quick = ["--repeats", "2", "--traces", "1", "--compilations", "1", "--out", str(tmp_path)]
     assert benchmark.main(["--programs", "normalising-flow", *quick]) == 0

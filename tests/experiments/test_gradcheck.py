@@ -10,6 +10,7 @@ import fbackprop as fb
 from experiments import gradcheck
 
 
+@pytest.mark.slow
 def test_gradients_agree_in_every_precision(capsys):
     assert gradcheck.main(["--networks", "mlp"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if " yes" in line]
@@ -22,6 +23,7 @@ def test_gradients_of_other_networks_agree(name):
     assert rows and all(row.agrees for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", gradcheck.CASES)
 def test_every_case_has_a_scalar_loss_in_its_precision(name):
     loss, params = gradcheck.problem(gradcheck.CASES[name](), jnp.dtype("bfloat16"), seed=0)

@@ -29,6 +29,7 @@ def interpreter(path, script):
     return str(path)
 
 
+@pytest.mark.slow
 def test_writes_tables_figure_and_json(run, tmp_path, capsys):
     answer = {"kfac": {"BackPACK": [[0.5, 0.75], [0.25, 0.25]]}}
     python = interpreter(tmp_path / "python", f"echo '{json.dumps(answer)}'")

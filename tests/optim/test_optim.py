@@ -145,6 +145,7 @@ def test_kfac_is_the_natural_gradient_of_a_linear_layer_with_a_bias():
         np.testing.assert_allclose(np.concatenate([after["w"], after["b"][None]]), best, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_kfac_averages_over_a_number_of_examples():
     n = 1280
     batch = normal(3, n, 3), normal(4, n, 2)
@@ -175,6 +176,7 @@ def test_factors_are_renewed_in_the_first_five_steps_and_then_now_and_then():
     assert renewed == [0, 1, 2, 3, 4, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "n"), [("kfac", 16), ("kfac", 64), ("ekfac", 16)])
 def test_damping_is_not_adapted_below_a_part_of_the_mean_eigenvalue(name, n):
     optimizer = FAMILY[name](damping=1e-6, every=1)
@@ -187,6 +189,7 @@ def test_damping_is_not_adapted_below_a_part_of_the_mean_eigenvalue(name, n):
     np.testing.assert_allclose(state.damping, mean * (32 / n) ** 2, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gauss_newton", "natural_gradient", "kfac", "ekfac"])
 def test_much_damping_gives_the_gradients_direction(name):
     params, batch = perceptron_params(), examples()
@@ -210,6 +213,7 @@ def test_the_quadratic_models_step_is_its_minimum():
     assert values[1] <= min(values[0], values[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "size"), [(200, 200), (256, 128), (400, 134), (1024, 128)])
 def test_the_quadratic_model_is_of_a_part_of_a_large_batch(n, size):
     """What its slope and its curvature are is seen on a batch whose parts are all the same."""
@@ -378,6 +382,7 @@ def test_parameters_of_half_precision(name):
     assert jnp.any(found["w"] != params["w"]) and jnp.isfinite(info["loss"])
 
 
+@pytest.mark.slow
 def test_leaves_of_two_precisions():
     with jax.enable_x64(True):
         params = perceptron_params() | {"v": jnp.ones((4, 2), jnp.float32)}
@@ -396,6 +401,7 @@ def test_leaves_of_two_precisions():
 # --- bad input ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learning_rate", [None, 0.1])
 @pytest.mark.parametrize("make", [fb.optim.kfac, fb.optim.ekfac])
 def test_a_gradient_that_is_not_finite_where_the_model_does_not_look(make, learning_rate):
@@ -412,6 +418,7 @@ def test_a_gradient_that_is_not_finite_where_the_model_does_not_look(make, learn
     assert jnp.any(updates["w"] != 0) and state.skipped == 1
 
 
+@pytest.mark.slow
 @MEMBERS
 def test_singular_curvature_tiny_damping_and_a_batch_of_one(name):
     def model(p, x):  # of no effect: the curvature in p["idle"] is zero
@@ -426,6 +433,7 @@ def test_singular_curvature_tiny_damping_and_a_batch_of_one(name):
     assert jnp.isfinite(info["loss"])
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_convex():
     def loss(z, y):
         return jnp.sum(jnp.cos(z - y))
@@ -436,6 +444,7 @@ def test_a_loss_that_is_not_convex():
         assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 @MEMBERS
 def test_leaves_without_elements_and_of_integers(name):
     """They are left as they are, and the others are trained."""
@@ -465,6 +474,7 @@ def test_data_of_double_precision_for_parameters_of_single(name):
     assert state.skipped == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kfac", "ekfac"])
 def test_a_schedule_of_damping_that_is_not_adaptive(name):
     rate, params, batch = 0.1, perceptron_params(), examples()
@@ -544,6 +554,7 @@ def test_what_is_reported_is_the_optimizers_own():
     assert info["damping"].shape == () and info["ratio"].shape == ()
 
 
+@pytest.mark.slow
 @MEMBERS
 def test_states_may_be_donated(name):
     optimizer, params = FAMILY[name](), perceptron_params()

@@ -146,6 +146,7 @@ def test_tables_have_a_diagonal_factor_and_tied_ones_a_block_for_each_orientatio
     assert len(swept(case, kron=fb.Kronecker())["kron"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scanned_transformer", "sliced_stack", "lstm", "weight_norm"])
 def test_factors_are_symmetric_and_positive_for_any_model(name):
     case = zoo.CASES[name](jax.random.key(0))
