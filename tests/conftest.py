@@ -5,7 +5,7 @@ import os
 import jaxlib
 
 # Two devices for the tests of collectives; must be set before JAX starts. The older of XLA's two
-# emitters, which releases from 0.11 on no longer have, compiles kernels in a third of the time.
+# emitters of kernels, which releases from 0.11 on no longer have, compiles in less time.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=2"
