@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from fbackprop.objective import Objective
-from fbackprop.optim.common import complete, is_finite, where
+from fbackprop.optim.common import complete, is_finite
 from fbackprop.optim.diagonal import DiagonalState
 from fbackprop.optim.factored import FactoredState
 from fbackprop.optim.hessian_free import HessianFreeState
@@ -106,12 +106,12 @@ def _kept_unless(finite, new, old):
     The family's members see to their own, and counts go on: they are the same in all of the runs
     that a `vmap` goes through at once, so that what is done every few steps stays a branch.
     """
-    nodes, structure = jax.tree.flatten(new, is_leaf=_is_member)
-    before = jax.tree.leaves(old, is_leaf=_is_member)
-    moving = [not _is_member(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in nodes]
-    pairs = [(x, y) for x, y, m in zip(nodes, before, moving, strict=True) if m]
-    kept = iter(where(finite, *zip(*pairs, strict=True)) if pairs else ())
-    return structure.unflatten([next(kept) if m else x for x, m in zip(nodes, moving, strict=True)])
+
+    def of_node(x, y):
+        moves = not _is_member(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        return jnp.where(finite, x, y) if moves else x  # a branch would copy them all
+
+    return jax.tree.map(of_node, new, old, is_leaf=_is_member)
 
 
 def _is_member(node) -> bool:
