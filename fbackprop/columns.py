@@ -301,13 +301,13 @@ def _root_of(example: Example, most: int | None = None):
 def hessian_map(example: Example) -> Partial:
     """The map v ↦ H v of the loss's Hessian at one example's prediction, on flattened predictions.
 
-    Negative curvature is left out, as of the sampled columns. Of a loss that mixes the elements of
-    a prediction of more than `EIGENVALUES` of them it is not looked for: the loss must be convex.
+    The example is one `of_moving`. Negative curvature is left out, as of the sampled columns. Of a
+    loss that mixes the elements of a prediction of more than `EIGENVALUES` of them it is not looked
+    for: the loss must be convex.
     """
     root = _root_of(example, most=EIGENVALUES)
     if root is not None:
         return root.product()
-    example = example.of_moving()
     product = functools.partial(_slope_product, example.loss)
     return Partial(product, example.prediction, example.target)
 

@@ -21,7 +21,6 @@ _LINEAR = frozenset(
 )
 _BILINEAR = frozenset("mul dot_general conv_general_dilated".split())
 _BODIES = frozenset("jit remat2 closed_call custom_jvp_call custom_vjp_call eval_jaxpr".split())
-
 _FLAT = frozenset("sign round floor ceil stop_gradient".split())
 
 Leaves = frozenset  # the parameters that a value depends on
@@ -51,8 +50,7 @@ def _dependence(program: Program, inputs, caller: str) -> list[Leaves]:
 
 def _through(eqn: Equation, ins: list[Leaves], caller: str) -> list[Leaves]:
     name, every = eqn.primitive.name, Leaves().union(*ins)
-    # Library functions are traced once for all callers: then the line is that of the call.
-    source = caller if eqn.source == UNKNOWN_LINE else eqn.source
+    source = eqn.source_within(caller)
     result = [every] * len(eqn.outputs)
     if not every or not any(map(is_inexact, eqn.out_avals)) or name in _FLAT:
         return [Leaves()] * len(eqn.outputs)

@@ -102,6 +102,13 @@ class Equation:
         """The line of the user's code that called the primitive, ``file:line (function)``."""
         return source_info_util.summarize(self.jaxpr_equation.source_info) or UNKNOWN_LINE
 
+    def source_within(self, caller: str) -> str:
+        """The same, or the line of the call around it where this one is not known.
+
+        Library functions are traced once for all their callers, without any caller's line.
+        """
+        return caller if self.source == UNKNOWN_LINE else self.source
+
     @property
     def has_effects(self) -> bool:
         return bool(self.effects)

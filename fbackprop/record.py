@@ -361,8 +361,7 @@ def _steps(tapping: Plan, notes: list[Reading], met: list[Reading], source="") -
 
 def _step(tapped: Tapped, note: Reading, met: Reading, source: str) -> Step:
     eqn = tapped.eqn
-    # Library functions are traced once for all callers: then the line is that of the call.
-    source = source if eqn.source == UNKNOWN_LINE else eqn.source
+    source = eqn.source_within(source)
     triples = zip(tapped.bodies, note.bodies, met.bodies, strict=True)
     bodies = [_steps(*each, source) for each in triples]
     if eqn.primitive.name == "cond":
