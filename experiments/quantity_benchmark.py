@@ -93,7 +93,8 @@ class Bench:
     def measure(self, quantity: str) -> dict[str, Measured]:
         """The quantity alone, with the gradient, and by JAX alone."""
         names = members(quantity, self.case)
-        check(names, self.case, self.problem)
+        with jax.default_matmul_precision("highest"):
+            check(names, self.case, self.problem)
         own = {name.replace("-", "_"): QUANTITIES[name] for name in names}
         programs: dict[str, Callable | None] = {
             ALONE: sweep(self.problem, **own),

@@ -82,6 +82,8 @@ def check_grads(f: Callable, *args, samples: int = 16, seed: int = 0) -> Gradien
 
     A scalar output is differentiated as it is; other outputs are contracted with random
     cotangents. Differences are taken in float64 along `samples` random coordinates of each leaf.
+    Matrices are multiplied in the full precision of their dtype, on accelerators as well, save where
+    `f` itself asks for less.
 
     Args:
       f: function of arrays or pytrees of them; its output is a pytree of arrays.
@@ -135,8 +137,9 @@ def check_grads(f: Callable, *args, samples: int = 16, seed: int = 0) -> Gradien
         value, pullback = vjp(loss, at)
         return pullback(jnp.ones_like(value))[0]
 
-    ours = jax.jit(ours_of)(at)
-    theirs = jax.jit(jax.grad(loss))(at)
+    with jax.default_matmul_precision("highest"):  # accelerators' default is coarser than float32
+        ours = jax.jit(ours_of)(at)
+        theirs = jax.jit(jax.grad(loss))(at)
     differences = _central_differences(loss, at, samples, rng)
     rows = []
     for i, x, a, b, diff in zip(moving, at, ours, theirs, differences, strict=True):

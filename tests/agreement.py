@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.sharding import AxisType
 
 import fbackprop as fb
 
@@ -68,3 +70,15 @@ def assert_same_vjp(f, *args, scale=1.0, strict=True):
         value, cotangents = compute(*args)
         assert_close(value, expected, scale)
         assert_close(cotangents, theirs, scale)
+
+
+def two_devices(kind=AxisType.Auto):
+    """A mesh of two, whose axis is called "i"."""
+    if jax.device_count() < 2:
+        pytest.skip("this machine has one accelerator, and the test is of two")
+    return jax.make_mesh((2,), ("i",), axis_types=(kind,))
+
+
+on_cpu = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="not defined or not implemented on accelerators"
+)

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import assert_close, cotangent_like
+from agreement import assert_close, cotangent_like, two_devices
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import fbackprop as fb
@@ -274,7 +273,7 @@ def test_each_call_of_a_function_is_its_own_step():
 
 
 def test_shard_map_is_one_step():
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
+    mesh = two_devices()
     shard = jax.shard_map(jnp.sin, mesh=mesh, in_specs=P("i"), out_specs=P("i"))
     found = record(lambda x: shard(x) * 2.0)(X)
     assert found.steps[0].primitive == "shard_map" and not found.steps[0].steps
@@ -282,7 +281,7 @@ def test_shard_map_is_one_step():
 
 
 def test_within_shard_map():
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
+    mesh = two_devices()
     signals = lambda x: error_signals(lambda x: in_scan(x, name)[0], x)["v"]  # noqa: E731
     shard = jax.shard_map(signals, mesh=mesh, in_specs=P("i"), out_specs=P(None, "i"))
     assert_close(shard(X), signals(X), 2)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import assert_close, assert_same_vjp
+from agreement import assert_close, assert_same_vjp, two_devices
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -249,7 +249,7 @@ def test_references():
 
 @pytest.mark.parametrize("jit", [lambda g: g, jax.jit])
 def test_explicitly_sharded_arrays(jit):
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Explicit,))
+    mesh = two_devices(AxisType.Explicit)
 
     def f(x, w):
         y = jnp.dot(jnp.sin(x), w, out_sharding=P("i", None))
@@ -267,7 +267,7 @@ def test_explicitly_sharded_arrays(jit):
 
 def test_an_unsharded_constant_among_sharded_arrays():
     """A weight of NumPy's has no sharding, and its gradient is a copy on each device."""
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Explicit,))
+    mesh = two_devices(AxisType.Explicit)
 
     def f(w, x):
         return jnp.sum((x @ w) ** 2)

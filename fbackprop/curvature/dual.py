@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,10 @@ from fbackprop.curvature.space import Space
 from fbackprop.gradients import Gradients
 from fbackprop.kronecker import symmetric_product
 from fbackprop.quantities.base import Quantity
+
+# A difference is divided by the damping: on every device products are in the dtype's own precision,
+# of which accelerators' default would leave three digits.
+full_precision = functools.partial(jax.default_matmul_precision, "highest")
 
 # Elements of S that are formed at once, even where the matrix itself is smaller.
 LEAST_FORMED = 2**22
@@ -79,6 +84,10 @@ class DualGaussNewton(Curvature):
         factor's is raised to √ε of the Gram matrix's largest diagonal element, which what follows
         makes good along all but smaller eigenvalues.
         """
+        with full_precision():
+            return self._solved(tree, damping)
+
+    def _solved(self, tree, damping):
         gram = self.gram()
         least = jnp.finfo(gram.dtype).eps ** 0.5 * jnp.max(jnp.diagonal(gram))
         raised = jnp.maximum(damping, jnp.where(least > 0, least, 1)).astype(gram.dtype)
@@ -116,9 +125,10 @@ class DualGaussNewton(Curvature):
             leaves = [x.reshape(len(roots), -1) for x in jax.tree.leaves(rows.each())]
             return symmetric_product(jnp.concatenate(leaves, axis=1) * roots, 1)
 
-        if at_once >= n:
-            return Dense(product(self.rows), self.space)
-        return Dense(self.rows.summed_in_pieces(product, at_once), self.space)
+        with full_precision():
+            whole = at_once >= n
+            matrix = product(self.rows) if whole else self.rows.summed_in_pieces(product, at_once)
+        return Dense(matrix, self.space)
 
 
 @dataclasses.dataclass(frozen=True)

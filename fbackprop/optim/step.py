@@ -36,6 +36,7 @@ class Step:
             optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
         self.optimizer = optax.with_extra_args_support(optimizer)
         self._compiled = jax.jit(self._run)
+        self._usual = jax.tree.structure(None)  # of the last state, in which nothing was pending
 
     def __call__(self, params, state, batch, *further, weights=None, key=None):
         """One step.
@@ -53,7 +54,13 @@ class Step:
           optimizer knows of "damping", "ratio", "skipped", "iterations" and "accepted".
         """
         objective = self._objective(params, batch, further, weights, key)
-        return self._compiled(complete(state, objective), objective)
+        # What was checked and completed once needs it no more: on an accelerator, that would take
+        # longer than many a step. Only what weights are is not known of their shape.
+        if weights is not None or jax.tree.structure(state) != self._usual:
+            objective.check()
+            state = complete(state, objective)
+            self._usual = jax.tree.structure(state)
+        return self._compiled(state, objective)
 
     @property
     def compilations(self) -> int:
@@ -63,14 +70,11 @@ class Step:
     def init(self, params, batch, *further, weights=None, key=None):
         """The optimizer's state, with what its first step would add: for `lax.scan`."""
         objective = self._objective(params, batch, further, weights, key)
+        objective.check()
         return complete(self.optimizer.init(params), objective)
 
     def _objective(self, params, batch, further, weights, key) -> Objective:
-        objective = Objective(
-            self.model, self.loss, params, batch, further, weights, key, self.chunk
-        )
-        objective.check()
-        return objective
+        return Objective(self.model, self.loss, params, batch, further, weights, key, self.chunk)
 
     def _run(self, state, objective: Objective):
         params = objective.params

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import assert_close, assert_same_vjp
+from agreement import assert_close, assert_same_vjp, two_devices
 from jax import lax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import fbackprop as fb
@@ -18,7 +17,7 @@ X = jnp.linspace(-1.0, 2.0, 24).reshape(8, 3)
 
 
 def mapped(f, in_specs, out_specs, check_vma=True):
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
+    mesh = two_devices()
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
 
 
@@ -125,7 +124,7 @@ def test_gathered_once_for_all():
 
 
 def test_sharding_constraint():
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
+    mesh = two_devices()
     rows = jax.sharding.NamedSharding(mesh, P("i"))
 
     def f(x):
@@ -140,7 +139,7 @@ def test_sharding_constraint():
 
 def test_shardings_of_a_call():
     """What a jit-ted function says of where its arguments lie holds in its forward half."""
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
+    mesh = two_devices()
     rows = jax.sharding.NamedSharding(mesh, P("i"))
     whole = jax.sharding.NamedSharding(mesh, P())
 

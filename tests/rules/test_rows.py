@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import assert_close, assert_same_vjp
+from agreement import assert_close, assert_same_vjp, on_cpu
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -375,7 +375,11 @@ CASES["integer exponents"] = (lambda x: x ** jnp.array([[0, 1, 2], [3, -1, -2]])
 CASES["random bits"] = (lambda x: x * jax.random.normal(KEY, (2, 3)), X)
 
 
-@pytest.mark.parametrize("name", CASES)
+# Which of two writes to one place is the last is not defined, and left to chance elsewhere.
+UNDEFINED = {"indexing: set, twice the same": on_cpu}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=UNDEFINED.get(n, ())) for n in CASES])
 def test_in_float64(name):
     f, *args = CASES[name]
     with jax.enable_x64(True):
@@ -533,7 +537,9 @@ def test_zeta():
         (lambda x: lax.polygamma(x, x), ValueError),
         (lambda x: lax.linalg.eig(jnp.outer(x[0], x[0]) + jnp.eye(3))[0], NotImplementedError),
         (lambda x: lax.linalg.svd(x, full_matrices=True), NotImplementedError),
-        (lambda x: lax.linalg.schur(jnp.outer(x[0], x[0])), NotImplementedError),
+        pytest.param(
+            lambda x: lax.linalg.schur(jnp.outer(x[0], x[0])), NotImplementedError, marks=on_cpu
+        ),
         (lambda x: lax.igamma_grad_a(x, x), NotImplementedError),
     ],
 )
