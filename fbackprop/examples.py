@@ -45,10 +45,12 @@ def examples_of(batch, further, weights, key, takes_key: bool, like=None) -> Exa
 def size_of(batch, further, weights) -> int:
     """N of a batch, checked."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        many = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
-        raise ValueError(
-            f"a batch must be a pair (inputs, targets), but it is a {type(batch).__name__}{many}"
-        )
+        said = f"a {type(batch).__name__}"
+        if isinstance(batch, tuple | list):
+            said += f" of {len(batch)}"
+        elif hasattr(batch, "shape"):
+            said = f"an array of shape {batch.shape}"
+        raise ValueError(f"a batch must be a pair (inputs, targets), but it is {said}")
     return length((*batch, *further), weights)
 
 

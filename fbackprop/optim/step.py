@@ -54,8 +54,8 @@ class Step:
           optimizer knows of "damping", "ratio", "skipped", "iterations" and "accepted".
         """
         objective = self._objective(params, batch, further, weights, key)
-        # What was checked and completed once needs it no more: on an accelerator, that would take
-        # longer than many a step. Only what weights are is not known of their shape.
+        # What was completed once needs it no more: on an accelerator, to look would take longer than
+        # many a step. Shapes are checked as they are compiled for; weights are not known by theirs.
         if weights is not None or jax.tree.structure(state) != self._usual:
             objective.check()
             state = complete(state, objective)
@@ -77,6 +77,7 @@ class Step:
         return Objective(self.model, self.loss, params, batch, further, weights, key, self.chunk)
 
     def _run(self, state, objective: Objective):
+        objective.check()
         params = objective.params
         value, gradient = objective.value_and_gradient()
 

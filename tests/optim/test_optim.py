@@ -613,3 +613,23 @@ def test_errors_name_what_was_wrong():
         step(params, optimizer.init(params), jnp.ones(3))
     with pytest.raises(ValueError, match="pass gradients of these parameters"):
         optimizer.update({"w": params["w"]}, optimizer.init(params), params)
+
+
+def test_later_calls_are_checked_as_the_first():
+    def model(params, x, *, key):
+        return perceptron(params, x) + jax.random.normal(key, (2,))
+
+    params, (x, y), key = perceptron_params(), examples(), jax.random.key(0)
+    optimizer = optax.sgd(0.1)
+    step = fb.optim.step(model, fb.losses.squared_error, optimizer)
+    params, state, _ = step(params, optimizer.init(params), (x, y), key=key)
+    with pytest.raises(ValueError, match="the model takes a key"):
+        step(params, state, (x, y))
+    with pytest.raises(ValueError, match="inputs: 16, targets: 5"):
+        step(params, state, (x, y[:5]), key=key)
+    with pytest.raises(ValueError, match=r"a pair .*, but it is an array of shape \(16, 3\)"):
+        step(params, state, x, key=key)
+    with pytest.raises(TypeError, match="'b'.*is complex"):
+        step({**params, "b": params["b"] + 0j}, state, (x, y), key=key)
+    with pytest.raises(ValueError, match="weights must not be negative"):
+        step(params, state, (x, y), weights=-jnp.ones(16), key=key)
