@@ -82,8 +82,8 @@ def check_grads(f: Callable, *args, samples: int = 16, seed: int = 0) -> Gradien
 
     A scalar output is differentiated as it is; other outputs are contracted with random
     cotangents. Differences are taken in float64 along `samples` random coordinates of each leaf.
-    Matrices are multiplied in the full precision of their dtype, on accelerators as well, save where
-    `f` itself asks for less.
+    Matrices are multiplied in the full precision of their dtype, on accelerators as well, save
+    where `f` itself asks for less.
 
     Args:
       f: function of arrays or pytrees of them; its output is a pytree of arrays.

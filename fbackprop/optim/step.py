@@ -54,8 +54,8 @@ class Step:
           optimizer knows of "damping", "ratio", "skipped", "iterations" and "accepted".
         """
         objective = self._objective(params, batch, further, weights, key)
-        # What was completed once needs it no more: on an accelerator, to look would take longer than
-        # many a step. Shapes are checked as they are compiled for; weights are not known by theirs.
+        # What was completed once needs it no more: on an accelerator, to look for it would take
+        # longer than many a step. Shapes are checked when they are compiled for, and weights here.
         if weights is not None or jax.tree.structure(state) != self._usual:
             objective.check()
             state = complete(state, objective)
