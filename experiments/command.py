@@ -48,7 +48,11 @@ def run(
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (ExperimentError, OSError) as error:
+    except OSError as error:
+        said = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"error: {said}", file=sys.stderr)
+        return 1
+    except ExperimentError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interruption:

@@ -134,6 +134,8 @@ def script(settings: Settings) -> int:
     """Check and print; the status is 1 if a gradient disagrees."""
     if not settings.networks or not settings.precisions:
         raise UsageError("name at least one of --networks and one of --precisions")
+    if not 0 <= settings.seed < 2**32:
+        raise UsageError("--seed must be from 0 to 2³² − 1")
     console = command.terminal()
     rows: list[Row] = []
     for name in settings.networks:

@@ -30,6 +30,7 @@ from rich.table import Table
 
 import fbackprop as fb
 from experiments import command
+from experiments.command import UsageError
 
 INPUTS = (0.05, 0.10)
 TARGETS = (0.01, 0.99)
@@ -306,6 +307,8 @@ def _by_weight(values: Weights, how: str) -> Iterator[tuple[str, str, float]]:
 
 def script(settings: Settings) -> int:
     """Print the example; the exit status says whether the first pass agrees with the article."""
+    if not 0 <= settings.decimals <= 100:
+        raise UsageError("--decimals must be from 0 to 100")
     console = command.terminal()
     stages = calculation()
     print_calculation(console, stages, settings.decimals)

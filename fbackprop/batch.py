@@ -309,6 +309,11 @@ def _first(x):
 
 
 def _check_loss(loss) -> None:
+    if jax.tree.structure(loss) != jax.tree.structure(0):
+        raise TypeError(
+            f"the loss of one example must be a real scalar, but is a {type(loss).__name__}: "
+            "return no more than the loss"
+        )
     if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         raise ValueError(
             f"the loss of one example must be a real scalar, but has shape {jnp.shape(loss)} and "

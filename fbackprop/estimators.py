@@ -355,7 +355,8 @@ def log_determinant(
 def _average(function: Callable[[Any], jax.Array], inputs: Any, zero: jax.Array) -> Estimate:
     """The mean of a function over the leading axis of its inputs; nothing is kept of each.
 
-    Welford, "Note on a method for calculating corrected sums of squares and products" (1962).
+    Welford, "Note on a method for calculating corrected sums of squares and products" (1962). Kept
+    is the root of the sum of squares: their squares may be out of range.
     """
 
     def step(state: tuple, element: tuple) -> tuple:
@@ -363,14 +364,15 @@ def _average(function: Callable[[Any], jax.Array], inputs: Any, zero: jax.Array)
         value = function(given)
         deviation = value - mean
         mean = mean + deviation / count
-        return (mean, spread + deviation * (value - mean)), None
+        # The corrected square is the deviation's times (count − 1) / count.
+        return (mean, jnp.hypot(spread, deviation * jnp.sqrt((count - 1) / count))), None
 
     samples = jax.tree.leaves(inputs)[0].shape[0]
     counts = jnp.arange(1, samples + 1, dtype=zero.dtype)
     (mean, spread), _ = lax.scan(step, (zero, zero), (counts, inputs))
     if samples == 1:
         return Estimate(mean, jnp.full_like(zero, jnp.inf))
-    return Estimate(mean, jnp.sqrt(spread / (samples * (samples - 1))))
+    return Estimate(mean, spread / (samples * (samples - 1)) ** 0.5)
 
 
 def _residual_trace(space: "_Operator", key: jax.Array, samples: int, basis: Any) -> Estimate:

@@ -93,9 +93,15 @@ def _check_weights(weights) -> None:
         raise ValueError(f"weights must have shape (N,), but have {jnp.shape(weights)}")
     known = value_of(weights)
     if known is not None:
+        dtype = jnp.result_type(float)
+        with np.errstate(over="ignore"):
+            known = np.asarray(known).astype(dtype)
+            total = np.sum(known)
         if not np.all(np.isfinite(known)):
             raise ValueError("weights must be finite: an example counts as much as it weighs")
-        if np.any(np.asarray(known) < 0):
+        if np.any(known < 0):
             raise ValueError("weights must not be negative: an example counts as much as it weighs")
-        if not np.any(np.asarray(known)):
+        if not np.any(known):
             raise ValueError("all weights are zero: at least one example must count")
+        if not jnp.finfo(dtype).tiny <= total < np.inf:
+            raise ValueError(f"the sum of the weights is out of {dtype}'s range: scale them")

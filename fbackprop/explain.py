@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from fbackprop.batch import sites_of
 from fbackprop.gradients import Gradients
 from fbackprop.groups import cost_of_forming
+from fbackprop.kronecker import is_vector
 from fbackprop.program import is_inexact, shaped
 from fbackprop.sites import Site
 
@@ -68,8 +70,8 @@ def explain_sites(model: Callable, params, x, *further) -> SitesReport:
 
     A parameter that meets data in products, convolutions or lookups is handled by pairs of
     activations and error signals. Where it has no such structure (biases, scales) each example's
-    gradient is formed, which is small; where it is computed from other parameters, or where uses
-    of it overlap, too, which may not be small ("gradients formed").
+    gradient is formed, which is small; where a matrix meets data in another way, is computed from
+    other parameters, or has uses that overlap, too, which may not be small ("gradients formed").
 
     The table gives the numbers held per example ("held": activations and error signals), the cost
     of one example's norm relative to that of its gradient, in multiplications ("norm/gradient"),
@@ -127,10 +129,17 @@ def _report(gradients: Gradients, leaf: int, name: str, param) -> LeafReport:
     norm = gradient
     if groups is not None:
         norm = sum(group.cost_of_norm for group in groups)
+    shape = jnp.shape(param)
+    # Of a vector it is as small as the error signals.
+    formed = any(site.use is None for site in sites) and not is_vector(shape)
     return LeafReport(
-        name, jnp.shape(param), tuple(dict.fromkeys(uses)), groups is None and bool(used),
-        sum(map(_held, sites)), int(norm), int(gradient),
+        name, shape, tuple(_times(*each) for each in Counter(uses).items()),
+        bool(used) and (groups is None or formed), sum(map(_held, sites)), int(norm), int(gradient),
     )  # fmt: skip
+
+
+def _times(line: str, count: int) -> str:
+    return line if count == 1 else f"{line}, {count} times"
 
 
 def _uses(gradients: Gradients, weight: int, site: Site) -> list[str]:
@@ -140,7 +149,7 @@ def _uses(gradients: Gradients, weight: int, site: Site) -> list[str]:
     eqn = site.use.eqn
     places = "1 place" if site.places == 1 else f"{site.places} places"
     what = kind.get(eqn.primitive.name, "product")
-    return [f"{what} at {places}, {eqn.primitive} at {eqn.source}"]
+    return [f"{what} at {places}, {eqn.primitive} at {site.use.source}"]
 
 
 def _held(site: Site) -> int:

@@ -28,6 +28,7 @@ from fbackprop.kronecker import (
     block_of_sites,
     block_without_activations,
     diagonal_block,
+    is_vector,
     place_of,
     regular_place,
 )
@@ -255,7 +256,7 @@ class Gradients:
         whole = np.empty(self._params[leaf].shape, np.int8)
         if groups is None:
             each = self._formed[leaf]
-            if vectors != "block" and whole.ndim < 2:
+            if vectors != "block" and is_vector(whole.shape):
                 squares = formed_squares(each, self.counts)
                 return (diagonal_block(squares, whole, whole, self.shares),)
             return (block_without_activations(each, whole, whole, 0, *self._counts),)
@@ -282,7 +283,7 @@ class Gradients:
         shares, counts = self._counts
         if placed[0].site.use is None:
             group, depth = Group(placed), self.source.depth[weight]
-            if vectors != "block" and view.ndim - depth < 2:
+            if vectors != "block" and is_vector(view.shape[depth:]):
                 squares = group.squares(self.counts)
                 return diagonal_block(squares, view, start, self.shares)
             return block_without_activations(group.each(), view, start, depth, shares, counts)

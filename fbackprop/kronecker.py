@@ -260,12 +260,18 @@ def block_of_sites(
     return KroneckerBlock(a, b, sites[0].layout, place_of(view, start), bias)
 
 
+def is_vector(shape: Sequence[int]) -> bool:
+    """Whether no more than one axis is longer than one: a bias of (C, 1, 1) is a vector, too."""
+    return sum(size > 1 for size in shape) < 2
+
+
 def block_without_activations(each, view, start, depth: int, shares, counts) -> KroneckerBlock:
     """The block of a weight without activations: its rows share a factor, save those of a stack."""
-    shape = each.shape[2:] or (1,)
-    stack, rows, last = math.prod(shape[:depth]), math.prod(shape[depth:-1]), shape[-1]
-    if depth == len(shape):
-        stack, last = math.prod(shape), 1
+    shape = each.shape[2 + depth :]
+    stack, last = math.prod(each.shape[2 : 2 + depth]), math.prod(shape)
+    if not is_vector(shape):
+        last = shape[-1]
+    rows = math.prod(shape) // max(last, 1)
     x = wide(each).reshape(*each.shape[:2], stack, rows, last).swapaxes(2, 3)
     mean = jnp.sum(jnp.broadcast_to(shares, len(each)))  # over all pieces of a batch it is one
     a = jnp.full((stack, rows), mean / rows, x.dtype)

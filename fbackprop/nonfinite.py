@@ -26,49 +26,78 @@ class Iteration(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class NonFinite:
-    """The step at which something that is not finite appeared, though all that came in was finite.
+    """Where something appeared that is not finite, or is NaN though all that came in was not.
 
     Attributes:
       kind: ``NaN`` or ``infinity``.
-      backward: whether it is a cotangent that left the step, or a result that it computed.
-      index: of which operand the cotangent is, or which result it is.
-      step: the step.
+      backward: whether it is a cotangent, or a value of the forward pass.
+      index: of which operand, result or leaf it is.
+      step: the step that it left, or with `outside` the first that it reached; None for a leaf of
+        the value or of the gradients that no step made.
       iterations: of the loops around it, the outermost first.
+      outside: whether no step made it: it was given as an argument, a constant or a cotangent, or
+        is the sum of the cotangents that several steps sent to one value.
       forward: for a cotangent, where the forward pass had already met something like it, if so.
     """
 
     kind: str
     backward: bool
     index: int
-    step: Step = dataclasses.field(repr=False)
+    step: Step | None = dataclasses.field(repr=False)
     iterations: tuple[Iteration, ...] = ()
+    outside: bool = False
     forward: NonFinite | None = None
 
     def __str__(self) -> str:
-        label = f"'{self.step.label}'"
-        what = (
-            f"the cotangent leaving {label} to operand {self.index}"
-            if self.backward
-            else f"result {self.index} of {label}"
-        )
-        loops = (f", iteration {i.number} of the scan at {i.source}" for i in self.iterations[::-1])
-        line = f"{self.kind} in {what}, called at {self.step.source}{''.join(loops)}"
+        line = f"{self.kind} in {self._place()}"
         return f"{line}; before that, going forward, {self.forward}" if self.forward else line
 
+    def _place(self) -> str:
+        if self.step is None:
+            if self.backward:
+                return f"leaf {self.index} of the gradients, a sum of cotangents that are not"
+            return f"leaf {self.index} of the value, an argument or a constant"
+        ends = {  # by backward and outside
+            (True, False): ("the cotangent leaving", f" to operand {self.index}", ""),
+            (True, True): (
+                f"the cotangent arriving at result {self.index} of",
+                "",
+                ", given so or a sum of others",
+            ),
+            (False, False): (f"result {self.index} of", "", ""),
+            (False, True): (f"operand {self.index} of", "", ", an argument or a constant"),
+        }
+        before, after, said = ends[self.backward, self.outside]
+        loops = (f", iteration {i.number} of the scan at {i.source}" for i in self.iterations[::-1])
+        line = f"{before} '{self.step.label}'{after}, called at {self.step.source}{''.join(loops)}"
+        return line + said
 
-def first_nonfinite(value, steps: Sequence[Step]) -> NonFinite | None:
+
+def first_nonfinite(value, gradients, steps: Sequence[Step]) -> NonFinite | None:
     """The first finding of a backward pass, or else that of a forward pass to a bad value."""
-    if not all(map(has_value, jax.tree.leaves((value, steps)))):
+    if not all(map(has_value, jax.tree.leaves((value, gradients, steps)))):
         raise TypeError(
             "first_nonfinite looks at values, and within jit or another transformation there are "
             "none: return the record from there and ask it outside"
         )
     found = [_judge(step, 0) for step in steps]
-    forward = next(_created(found, backward=False), None)
-    backward = next(_created(found, backward=True), None)
+    forward = list(_Pass(backward=False).findings(found))
+    # Infinities that are given are meant, as those of masks: named only if there is nothing else.
+    made = [f for f in forward if not (f.outside and f.kind == KINDS[1])]
+    first = next(iter(made or forward), None)
+    backward = next(_Pass(backward=True).findings(found), None) or _of_leaves(gradients, True)
     if backward is not None:
-        return dataclasses.replace(backward, forward=forward)
-    return forward if any(_badness(x, 0).any() for x in jax.tree.leaves(value)) else None
+        return dataclasses.replace(backward, forward=first)
+    of_value = _of_leaves(value, False)
+    return of_value and (first or of_value)
+
+
+def _of_leaves(tree, backward: bool) -> NonFinite | None:
+    """The first leaf that is not finite."""
+    for i, x in enumerate(jax.tree.leaves(tree)):
+        if bad := int(_badness(x, 0)):
+            return NonFinite(KINDS[bad], backward, i, None, outside=True)
+    return None
 
 
 class _Judged(NamedTuple):
@@ -111,29 +140,52 @@ def _badness(x, depth: int) -> np.ndarray:
     return bad.max(axis=tuple(range(depth, x.ndim)), initial=0)
 
 
-def _created(
-    found: Sequence[_Judged],
-    backward: bool,
-    at: tuple[int, ...] = (),
-    iterations: tuple[Iteration, ...] = (),
-) -> Iterator[NonFinite]:
-    """What is not finite and came of what was, in the order of the pass; innermost steps first."""
-    for judged in reversed(found) if backward else found:
-        if not judged.bad:
-            continue
+@dataclasses.dataclass
+class _Pass:
+    """Steps in the order of a pass, and how bad what they have made so far is at the worst."""
+
+    backward: bool
+    made: int = 0
+
+    def findings(
+        self,
+        found: Sequence[_Judged],
+        at: tuple[int, ...] = (),
+        iterations: tuple[Iteration, ...] = (),
+    ) -> Iterator[NonFinite]:
+        """What is worse than all that it came of; of steps within steps the innermost first."""
+        for judged in reversed(found) if self.backward else found:
+            if not judged.bad:
+                continue
+            came, went = self._worst(judged, at)
+            for index, bad in enumerate(came):
+                if bad > self.made:
+                    yield self._finding(judged.step, index, bad, iterations, outside=True)
+            yield from self._within(judged, at, iterations)
+            for index, bad in enumerate(went):
+                if bad > max(came, default=0):
+                    yield self._finding(judged.step, index, bad, iterations, outside=False)
+            self.made = max(self.made, *went, 0)
+
+    def _within(self, judged: _Judged, at, iterations) -> Iterator[NonFinite]:
         step, loop = judged.step, judged.step.loop
         if loop is None:
-            yield from _created(judged.inner, backward, at, iterations)
+            yield from self.findings(judged.inner, at, iterations)
         elif judged.inner:
             order = range(loop.length)
-            for i in order[::-1] if loop.reverse != backward else order:
+            for i in order[::-1] if loop.reverse != self.backward else order:
                 inside = (*iterations, Iteration(i, step.source))
-                yield from _created(judged.inner, backward, (*at, i), inside)
-        came, went = (
-            (judged.arriving, judged.leaving) if backward else (judged.operands, judged.results)
-        )
-        if any(b is not None and b[at] for b in came):
-            continue
-        for index, b in enumerate(went):
-            if b is not None and b[at]:
-                yield NonFinite(KINDS[b[at]], backward, index, step, iterations)
+                yield from self.findings(judged.inner, (*at, i), inside)
+
+    def _worst(self, judged: _Judged, at) -> tuple[list[int], list[int]]:
+        """How bad what comes to a step is, and what leaves it, in one iteration."""
+        values, cotangents = (judged.operands, judged.results), (judged.arriving, judged.leaving)
+        came, went = cotangents if self.backward else values
+        return [_at(b, at) for b in came], [_at(b, at) for b in went]
+
+    def _finding(self, step: Step, index, bad, iterations, outside) -> NonFinite:
+        return NonFinite(KINDS[bad], self.backward, index, step, iterations, outside)
+
+
+def _at(badness, at) -> int:
+    return 0 if badness is None else int(badness[at])

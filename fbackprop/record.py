@@ -153,7 +153,7 @@ class Record:
         statistics have the leading axes of `signals`.
 
         Returns:
-          For each name its `Statistics`, in at least single precision.
+          For each name its `Statistics`, in at least single precision; random keys have none.
 
         Raises:
           ValueError: if values of different shapes share a name.
@@ -169,6 +169,8 @@ class Record:
         values, signals = self.named_values, self.signals
         found = {}
         for name, ((step, _), *_) in self._named().items():
+            if jnp.issubdtype(values[name].dtype, jax.dtypes.extended):
+                continue  # a random key has no size
             rank = len(step.shapes[0])
             value, signal = _sizes(values[name], rank), _sizes(signals[name], rank)
             found[name] = Statistics(value.norm, value.rms, value.zeros, *signal)
@@ -178,10 +180,12 @@ class Record:
         """Where the first NaN or infinity of the backward pass came from.
 
         Going backward, the first step from which a cotangent leaves that is not finite although
-        all that arrived there are; in loops with the iteration. If the forward pass had made
-        something that is not finite from finite operands, the finding says that as well, and is
-        only that if the backward pass made nothing but the value is not finite. In a record
-        limited by `where`, only what was kept is looked at.
+        all that arrived there are, or is NaN although they are not; in loops with the iteration.
+        Or the first cotangent that arrives so and no step sent: one that was given, or a sum that
+        overflows. If the forward pass had met something like it, made from better operands or
+        given as an argument or a constant, the finding says that as well, and is only that if the
+        backward pass made nothing but the value is not finite. In a record limited by `where`,
+        only what was kept is looked at.
 
         Returns:
           A `NonFinite`, whose string says all of it in one line; None if all is finite.
@@ -196,7 +200,7 @@ class Record:
           >>> found.kind, found.step.label
           ('NaN', 'sqrt')
         """
-        return first_nonfinite(self.value, self.steps)
+        return first_nonfinite(self.value, self.gradients, self.steps)
 
     def _named(self) -> dict[str, list[tuple[Step, int]]]:
         """For each name the steps that gave it, with the number of loops around them."""
@@ -427,13 +431,16 @@ def _stacked(name: str, uses: list[tuple[Step, int]], read: Callable) -> jax.Arr
     arrays = [read(step) for step, _ in uses]
     if len(arrays) == 1:
         return arrays[0]
-    shapes = list(dict.fromkeys(x.shape for x in arrays))
-    if len(shapes) > 1:
-        raise ValueError(
-            f"values of shapes {', '.join(map(str, shapes))} share the name '{name}': name them "
-            "apart, so that each has its error signal"
-        )
     step, depth = uses[0]
+    shapes = list(dict.fromkeys(x.shape for x in arrays))
+    if len(shapes) > 1 or len({(step.shapes[0], depth) for step, depth in uses}) > 1:
+        said = (
+            f"of shapes {', '.join(map(str, shapes))}" if len(shapes) > 1 else "in and out of loops"
+        )
+        raise ValueError(
+            f"values {said} share the name '{name}': name them apart, so that each has its error "
+            "signal"
+        )
     # An axis of examples, from `vmap`, stays in front.
     return jnp.stack(arrays, axis=arrays[0].ndim - len(step.shapes[0]) - depth)
 
@@ -447,9 +454,8 @@ class _Sizes(NamedTuple):
 
 def _sizes(x: jax.Array, rank: int) -> _Sizes:
     """Over the last `rank` axes."""
-    x = x if is_inexact(type_of(x)) else x.astype(jnp.float32)
-    x = jnp.abs(x)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    x = jnp.abs(x.astype(jnp.float32) if narrow or not is_inexact(type_of(x)) else x)
     axes = tuple(range(x.ndim - rank, x.ndim))
     count = max(1, math.prod(x.shape[axis] for axis in axes))
     squares = jnp.sum(x**2, axes)

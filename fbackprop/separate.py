@@ -25,6 +25,7 @@ from fbackprop.biases import Bias, Sums
 from fbackprop.passes import activity
 from fbackprop.program import (
     TAP,
+    UNKNOWN_LINE,
     Equation,
     Program,
     Var,
@@ -56,6 +57,7 @@ class Use(NamedTuple):
         have one leading axis for each.
       bias: the vector that is added to all of its result, if any.
       branches: the conditionals around it, the outermost first, each with the number of the branch.
+      source: the line of the user's code.
     """
 
     eqn: Equation
@@ -64,6 +66,7 @@ class Use(NamedTuple):
     loops: tuple[Loop, ...] = ()
     bias: Bias | None = None
     branches: tuple[tuple[Equation, int], ...] = ()
+    source: str = UNKNOWN_LINE
 
     def within(self, places: Sequence[int], loop: Callable = lambda weight: ()) -> Use:
         """As the program around sees it.
@@ -105,15 +108,21 @@ class Weight(NamedTuple):
 
 
 def _is_lookup(eqn: Equation) -> bool:
-    """Whether a gather picks whole rows of a table."""
+    """Whether a gather picks whole rows of a table.
+
+    A `dynamic_slice` under `vmap` gives indices for all of the table's axes, of which those of a
+    whole axis mean nothing, and leaves the row an axis of length one.
+    """
     numbers, table = eqn.params["dimension_numbers"], eqn.in_avals[0]
+    starts, collapsed = numbers.start_index_map, numbers.collapsed_slice_dims
+    rank = eqn.out_avals[0].ndim
     return (
-        numbers.start_index_map == (0,)
-        and numbers.collapsed_slice_dims == (0,)
+        starts[:1] == (0,)
+        and (len(starts) == 1 or eqn.params["mode"] == lax.GatherScatterMode.CLIP)
+        and collapsed in ((0,), ())
         and not numbers.operand_batching_dims
         and tuple(eqn.params["slice_sizes"]) == (1, *table.shape[1:])
-        and numbers.offset_dims
-        == tuple(range(eqn.out_avals[0].ndim - table.ndim + 1, eqn.out_avals[0].ndim))
+        and numbers.offset_dims == tuple(range(rank - table.ndim + len(collapsed), rank))
     )
 
 
@@ -281,7 +290,7 @@ class Separation(_Weights):
             described = [f"{eqn.primitive} at {eqn.source}"] if is_loose else []
             weight = self.enlist(eqn.inputs[i], described)
             if i == operand:
-                self.uses.append(Use(eqn, i, weight))
+                self.uses.append(Use(eqn, i, weight, source=eqn.source))
 
     def _with_biases(self) -> list[Use]:
         sums = Sums(self.program, self.is_param)
@@ -428,8 +437,13 @@ class _Inner(_Weights):
                 self._n_own += 1
             named = given.get(key) or (self.eqn, own[key])
             depth += sum(around.stacked for around in loop(key))
+            loose = [line.replace(UNKNOWN_LINE, self.eqn.source) for line in loose]
             places.append(self.enlist(named, loose, depth))
-        self.uses += [use.within(places, lambda w: loop(part.weights[w])) for use in part.uses]
+        for use in part.uses:
+            # Library functions are traced once for all their callers, without any caller's line.
+            source = self.eqn.source if use.source == UNKNOWN_LINE else use.source
+            use = use.within(places, lambda w: loop(part.weights[w]))
+            self.uses.append(use._replace(source=source))
         return places, own
 
     def prepare(self, operands: Sequence) -> tuple[list, dict[int, Any]]:

@@ -309,6 +309,18 @@ def everything(operator, like, key):
     }
 
 
+@pytest.mark.parametrize("scale", [1e-23, 1e20])
+def test_errors_scale_as_the_operator_does(scale):
+    """Though in single precision the squares of deviations are out of range."""
+    matrix = jnp.array([[2.0, 1.0, 0.0], [1.0, 3.0, 1.0], [0.0, 1.0, 4.0]], jnp.float32)
+
+    def relative(scale):
+        product = lambda v: scale * (matrix @ v)  # noqa: E731
+        return trace(product, matrix[0], jax.random.key(0), 8, method="hutchinson").standard_error
+
+    np.testing.assert_allclose(relative(np.float32(scale)) / scale, relative(1.0), rtol=1e-5)
+
+
 def test_one_dimension_and_one_sample():
     found = jax.jit(lambda key: everything(lambda v: 3.0 * v, jnp.zeros(()), key))(
         jax.random.key(0)

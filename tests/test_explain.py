@@ -2,6 +2,8 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
+from agreement import assert_close
 
 import fbackprop as fb
 
@@ -39,6 +41,39 @@ def test_every_leaf_has_its_rows(capsys):
     assert "no gradient" in by_name["['frozen']"].uses[0]
     assert by_name["['v']"].formed and "gradients formed" in printed
     assert repr(report) == "<SitesReport of 6 leaves, gradients of 1 formed>"
+
+
+def test_lines_of_library_functions_and_repeated_uses():
+    def model(p, tokens):
+        layer = lambda h: jnp.tanh(h @ p["w"])  # noqa: E731
+        h = jnp.take(p["table"], tokens, axis=0)
+        return layer(layer(h)) + jnp.cumsum(p["m"] * h[:, :1])[-1]
+
+    params = {"table": jnp.ones((9, 3)), "w": jnp.ones((3, 3)), "m": jnp.ones((4, 3))}
+    report = fb.explain_sites(model, params, jnp.arange(4))
+    by_name = {leaf.name: leaf for leaf in report.leaves}
+    assert "test_explain.py" in by_name["['table']"].uses[0]
+    assert [use.count("product at 4 places") for use in by_name["['w']"].uses] == [1]
+    assert by_name["['w']"].uses[0].endswith(", 2 times")
+    # No structure, and no vector: every example's gradient is as large as the weight.
+    assert by_name["['m']"].formed and not by_name["['w']"].formed
+
+
+@pytest.mark.parametrize("look", [lambda table, i: table[i], lambda table, i: table.at[i].get()])
+def test_a_lookup_under_vmap_is_one(look):
+    table, tokens = (
+        jnp.sin(jnp.arange(24.0)).reshape(8, 3),
+        jnp.array([[7, 0, 7, -1], [1, 1, 2, 9]]),
+    )
+
+    def model(table, tokens):
+        return jnp.tanh(jax.vmap(lambda i: look(table, i))(tokens))
+
+    assert "lookup at 4 places" in fb.explain_sites(model, table, tokens[0]).leaves[0].uses[0]
+    run = fb.sweep(model, lambda z, y: jnp.sum(z * y), each=fb.ExampleGradients())
+    y = jnp.cos(jnp.arange(24.0)).reshape(2, 4, 3)
+    expected = jax.vmap(jax.grad(lambda p, x, y: jnp.sum(model(p, x) * y)), (None, 0, 0))
+    assert_close(run(table, (tokens, y))["each"], expected(table, tokens, y))
 
 
 def test_shapes_and_keys_suffice(capsys):

@@ -502,6 +502,27 @@ def test_statistics_in_low_precision_and_of_nothing():
     assert not np.isnan(jax.tree.leaves(empty)).any()
 
 
+def test_a_name_in_and_out_of_a_loop_is_refused():
+    """Though the shapes agree: an axis of iterations is no axis of the value."""
+
+    def f(x):
+        step = lambda h, _: (checkpoint_name(h * 2, "v"), None)  # noqa: E731
+        return jnp.sum(checkpoint_name(jnp.stack([lax.scan(step, x, length=3)[0]] * 3), "v"))
+
+    with pytest.raises(ValueError, match="values in and out of loops share the name 'v'"):
+        error_signals(f, jnp.ones(2))
+
+
+def test_statistics_of_narrow_numbers_and_beside_keys():
+    def f(x, key):
+        key = checkpoint_name(key, "key")
+        y = checkpoint_name(x.astype(jnp.float8_e4m3fn), "v")
+        return jnp.sum(y.astype(jnp.float32)) + jax.random.normal(key)
+
+    found = record(f)(jnp.array([3.0, 4.0]), jax.random.key(0)).statistics()
+    assert list(found) == ["v"] and float(found["v"].value_norm) == 5.0
+
+
 # --- NaNs and infinities -------------------------------------------------------------------------
 
 
@@ -540,6 +561,44 @@ def test_infinities_on_purpose_are_not_reported():
     assert record(softmax_of_some)(X[0]).first_nonfinite() is None
     assert record(lambda x: jnp.sum(jnp.sin(x)))(X).first_nonfinite() is None
     assert record(lambda x, n: x * n)(1.0, 2).first_nonfinite() is None
+
+
+def test_a_nan_made_of_infinities():
+    """A row of attention that sees nothing: the infinity is meant, the NaN is not."""
+
+    def f(x):
+        return jnp.sum(jnp.tanh(jax.nn.softmax(jnp.where(jnp.arange(3) > 5, x, -jnp.inf))))
+
+    found = record(f)(X[0]).first_nonfinite()
+    assert (found.kind, found.forward.kind, found.forward.step.label) == ("NaN", "NaN", "sub")
+    assert not found.forward.outside and "result 0 of 'sub'" in str(found)
+
+
+def test_what_was_not_finite_from_the_start():
+    def f(w, x):
+        return jnp.mean(jnp.tanh(x @ w) ** 2)
+
+    found = record(f)(W, X.at[1, 1].set(jnp.nan)).first_nonfinite()
+    assert found.kind == "NaN" and found.backward and not found.outside
+    given = found.forward
+    assert given.outside and (given.index, given.step.label) == (0, "dot_general")
+    assert "operand 0 of 'dot_general'" in str(given) and "an argument or a constant" in str(given)
+    assert record(lambda x: jnp.sum(2 * x))(jnp.nan).first_nonfinite().outside
+    returned = record(lambda x: x)(jnp.nan).first_nonfinite()
+    assert returned.step is None and "leaf 0 of the value" in str(returned)
+    sent = record(jnp.sin, cotangent=np.float32(np.inf))(1.0).first_nonfinite()
+    assert sent.backward and sent.outside and "arriving at result 0 of 'sin'" in str(sent)
+
+
+def test_cotangents_that_overflow_as_they_are_summed():
+    def f(x, inner):
+        return 3e38 * inner(x) + 3e38 * inner(x)
+
+    found = record(lambda x: f(jnp.tanh(x), lambda x: x))(0.1).first_nonfinite()
+    assert (found.kind, found.backward, found.outside) == ("infinity", True, True)
+    assert "arriving at result 0 of 'tanh'" in str(found)
+    found = record(lambda x: f(x, lambda x: x))(0.1).first_nonfinite()
+    assert found.step is None and "leaf 0 of the gradients" in str(found)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.scipy.sparse.linalg import cg
 
 from fbackprop.program import value_of
+
+
+def check_damping(damping) -> None:
+    """Refuse a damping that is known to be below zero, or no number."""
+    known = value_of(damping)
+    if known is not None and not np.all(np.asarray(known) >= 0):
+        raise ValueError(f"damping={known} must not be negative")
 
 
 class Curvature:
@@ -41,7 +49,8 @@ class Curvature:
 
     def quadratic(self, tree) -> jax.Array:
         """vᵀ A v, a scalar."""
-        return optax.tree.vdot(tree, self.matvec(tree))
+        wide = self.space.wide
+        return optax.tree.vdot(wide(tree), wide(self.matvec(tree)))
 
     def dense(self) -> jax.Array:
         """The matrix over the flattened tree, (P, P). For tests and small problems."""
@@ -73,13 +82,24 @@ class Curvature:
 
         return estimators.trace(self, self.space.like(), key, samples=samples).value
 
+    __array_ufunc__ = None  # NumPy's numbers leave multiples to what follows
+
     def __add__(self, other: Curvature) -> Curvature:
         return Sum((self, other)) if isinstance(other, Curvature) else NotImplemented
 
+    def __radd__(self, other) -> Curvature:
+        starts = isinstance(other, int) and other == 0  # as Python's `sum` does
+        return self if starts else NotImplemented
+
     def __mul__(self, factor) -> Curvature:
-        return NotImplemented if isinstance(factor, Curvature) else Scaled(self, factor)
+        if isinstance(factor, Curvature) or jnp.shape(factor) != ():
+            return NotImplemented
+        return Scaled(self, factor)
 
     __rmul__ = __mul__
+
+    def __neg__(self) -> Curvature:
+        return -1 * self
 
     def __truediv__(self, factor) -> Curvature:
         return self * (1 / factor)
@@ -98,6 +118,7 @@ def conjugate_gradients(
       tolerance: the residual's norm at which to stop, relative to that of v.
       max_iterations: how many products to spend at most; by default ten per dimension.
     """
+    check_damping(damping)
     space = operator.space
 
     def multiply(v):
@@ -158,6 +179,7 @@ class Scaled(Curvature):
 
     def solve(self, tree, damping=0.0):
         """(A + damping I)⁻¹ v; of the operator zero, 0 without damping."""
+        check_damping(damping)
         known = value_of(self.factor)
         if known is not None and known < 0:
             raise ValueError(

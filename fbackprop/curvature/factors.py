@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fbackprop.curvature import cholesky
-from fbackprop.curvature.base import Curvature, conjugate_gradients
+from fbackprop.curvature.base import Curvature, check_damping, conjugate_gradients
 from fbackprop.curvature.space import Space
 from fbackprop.kronecker import (
     BiasBlock,
@@ -23,7 +23,6 @@ from fbackprop.kronecker import (
     diagonal_of,
     matrices_of,
 )
-from fbackprop.program import value_of
 
 _ALTERNATIONS = 20  # of a least-squares fit that converges geometrically
 
@@ -155,9 +154,7 @@ class KroneckerFactors(_Blocks):
         (Martens and Grosse 2015, section 6.3). A vector's block is inverted exactly. The damping
         of each factor is raised to max(n · ε, ε^¾) times its largest diagonal element.
         """
-        known = value_of(damping)
-        if known is not None and not np.all(np.asarray(known) >= 0):
-            raise ValueError(f"damping={known} must not be negative")
+        check_damping(damping)
         merged = self.merged()
         factors = iter(merged._factors())
         return KroneckerFactors(
@@ -197,6 +194,7 @@ class EigenFactors(_Blocks):
 
     def solve(self, tree, damping=0.0):
         """(A + damping I)⁻¹ v, exactly; 0 along undamped values that are not greater than zero."""
+        check_damping(damping)
 
         def divide(values, x):
             total = values + jnp.asarray(damping, values.dtype)

@@ -20,6 +20,7 @@ from fbackprop.curvature.space import Space
 from fbackprop.objective import Objective
 from fbackprop.program import is_inexact, type_of
 from fbackprop.reverse import grad, value_and_grad, vjp
+from fbackprop.sites import wide
 
 
 class _Products(Curvature):
@@ -117,11 +118,11 @@ class GaussNewton(_Products):
 
     def slope(self, change: list) -> jax.Array:
         """Σₙ wₙ ∇ℓₙᵀ changeₙ of a change of predictions, as of `pushforward`: gᵀv; a scalar."""
-        return sum(map(jnp.vdot, self._slopes, change))
+        return _inner(self._slopes, change)
 
     def between(self, left: list, right: list) -> jax.Array:
         """Σₙ wₙ leftₙᵀ Hₙ rightₙ of changes of predictions, as of `pushforward`; a scalar."""
-        return sum(map(jnp.vdot, left, self._curved(right)))
+        return _inner(left, self._curved(right))
 
     def _curved(self, change: list) -> list:
         """Each example's share of its loss's Hessian times the change of its prediction."""
@@ -135,6 +136,11 @@ class GaussNewton(_Products):
     def diagonal(self):
         """The exact diagonal, by a sweep."""
         return self.objective.sweep(rows=GGNRows())["rows"].diagonal()
+
+
+def _inner(left: list, right: list) -> jax.Array:
+    """In single precision at least."""
+    return sum(jnp.vdot(wide(x), wide(y)) for x, y in zip(left, right, strict=True))
 
 
 def _weighted(share, x):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fbackprop.program import value_of
 from fbackprop.quantities.base import Quantity
+from fbackprop.sites import wide
 
 
 def _column(tree):
@@ -128,7 +129,7 @@ class GradientNoiseScale(Quantity):
         return {"m": jnp.sum(norms * shares), "G": gradients.total(), "shares": jnp.sum(shares**2)}
 
     def finish(self, found):
-        mean = sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(found["G"]))
+        mean = sum(jnp.sum(jnp.square(wide(g))) for g in jax.tree.leaves(found["G"]))
         trace = found["m"] - mean
         if self.unbiased:  # 1/N is the sum of the squared shares
             trace = trace / (1 - found["shares"])

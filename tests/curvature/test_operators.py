@@ -360,3 +360,43 @@ def test_trees_that_do_not_fit():
         fb.Diagonal(jnp.ones(3)).solve(jnp.ones(4))
     with pytest.raises(ValueError, match="pass key="):
         fb.Objective(lambda w, x, key: w, fb.losses.squared_error, 1.0, problem.batch).value()
+
+
+def test_a_damping_below_zero_is_refused_by_all():
+    params, batch = jnp.ones(2), (jnp.eye(2), jnp.ones(2))
+    found = fb.sweep(
+        jnp.dot, fb.losses.squared_error, rows=fb.GGNRows(), k=fb.Kronecker(), block=fb.GGNBlock()
+    )(params, batch)
+    space = fb.GaussNewton(jnp.dot, fb.losses.squared_error, params, batch)
+    operators = [
+        space,
+        found["rows"],
+        found["rows"].primal(),
+        fb.KroneckerFactors(found["k"]),
+        fb.KroneckerFactors(found["k"]).eigen(),
+        fb.BlockDiagonal(found["block"], space.space),
+        fb.Diagonal(params),
+        2 * fb.Diagonal(params),
+    ]
+    for operator in operators:
+        for damping in (-1.0, jnp.nan):
+            with pytest.raises(ValueError, match="must not be negative"):
+                operator.solve(params, damping)
+
+
+def test_sums_begin_at_zero_and_multiples_are_by_numbers():
+    one, v = fb.Diagonal(jnp.array([1.0, 2.0])), jnp.ones(2)
+    np.testing.assert_allclose(sum([one, one]).matvec(v), [2, 4])
+    np.testing.assert_allclose((-one).matvec(v), [-1, -2])
+    for wrong in (lambda: one * jnp.ones(2), lambda: np.ones(2) * one, lambda: 1 + one):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+def test_quadratic_forms_of_half_precision_are_summed_in_single():
+    ones = jnp.ones(100_000, jnp.float16)
+    assert float(fb.Diagonal(ones).quadratic(ones)) == 100_000
+    model = lambda p, x: p * x  # noqa: E731
+    batch = jnp.ones((1, 100_000), jnp.float16), jnp.zeros((1, 100_000), jnp.float16)
+    operator = fb.GaussNewton(model, fb.losses.squared_error, ones, batch)
+    np.testing.assert_allclose(operator.quadratic(ones), 100_000, rtol=1e-3)

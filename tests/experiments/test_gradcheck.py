@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from error_lines import one_error_line
 
 import fbackprop as fb
 from experiments import gradcheck
@@ -56,3 +57,8 @@ def test_unknown_network_is_one_line(capsys):
     assert gradcheck.main(["--networks", "perceptron"]) == 2
     error = capsys.readouterr().err
     assert "'perceptron'" in error and error.count("\n") == 1
+
+
+def test_a_seed_out_of_range_is_one_line(capsys):
+    assert gradcheck.main(["--seed", "-1"]) == 2
+    assert "--seed must be from 0" in one_error_line(capsys)

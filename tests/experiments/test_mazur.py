@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from error_lines import one_error_line
 from rich.console import Console
 
 from experiments import mazur
@@ -80,3 +81,8 @@ def test_unknown_option_is_one_line(capsys):
     assert mazur.main(["--rate", "1"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_decimals_out_of_range_are_one_line(capsys):
+    assert mazur.main(["--decimals", "-1"]) == 2
+    assert "--decimals must be from 0 to 100" in one_error_line(capsys)

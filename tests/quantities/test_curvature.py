@@ -440,3 +440,20 @@ def test_lookups_in_branches():
     )
     assert_close(found["k"]["table"][0].a, jnp.array([[0, 0, 0.5, 0]]))
     assert not np.any(found["e"]["table"][2:])
+
+
+@pytest.mark.parametrize("vectors", ["block", "diagonal"])
+def test_a_bias_with_axes_of_one_is_a_vector(vectors):
+    def model(p, x):
+        return jnp.tanh(x[None] + p).sum((1, 2)) * jnp.arange(1.0, 4.0)
+
+    params, x = (
+        jnp.array([0.1, -0.4, 0.7])[:, None, None],
+        jnp.sin(jnp.arange(8.0)).reshape(2, 2, 2),
+    )
+    quantities = {"k": fb.Kronecker(vectors=vectors), "g": fb.GGNBlock()}
+    found = fb.sweep(model, fb.losses.softmax_cross_entropy, **quantities)(
+        params, (x, jnp.arange(2))
+    )
+    expected = found["g"] if vectors == "block" else jnp.diag(jnp.diag(found["g"]))
+    np.testing.assert_allclose(fb.KroneckerFactors(found["k"]).dense(), expected, atol=1e-12)

@@ -369,7 +369,10 @@ def test_wrong_batches_are_refused():
     assert "zero" in _raised(run, W, (X, Y), weights=np.zeros(4))
     assert "negative" in _raised(run, W, (X, Y), weights=np.array([1.0, -1.0, 1.0, 1.0]))
     assert "finite" in _raised(run, W, (X, Y), weights=np.array([1.0, np.nan, 1.0, 1.0]))
+    assert "range: scale" in _raised(run, W, (X, Y), weights=np.full(4, 1e308))
     assert "real" in _raised(run, W, (X, Y), weights=np.ones(4) * 1j, error=TypeError)
+    run = fb.sweep(linear, lambda z, y: (SQUARED(z, y), z), norms=fb.ExampleNorms())
+    assert "is a tuple: return no more" in _raised(run, W, (X, Y), error=TypeError)
     run = fb.sweep(linear, SQUARED, own=fb.Quantity())
     assert "extract" in _raised(run, W, (X, Y), error=NotImplementedError)
 
