@@ -55,7 +55,7 @@ class NonFinite:
     def _place(self) -> str:
         if self.step is None:
             if self.backward:
-                return f"leaf {self.index} of the gradients, a sum of cotangents that are not"
+                return f"leaf {self.index} of the gradients, given so or a sum of others"
             return f"leaf {self.index} of the value, an argument or a constant"
         ends = {  # by backward and outside
             (True, False): ("the cotangent leaving", f" to operand {self.index}", ""),
