@@ -15,8 +15,8 @@ from jax.scipy.sparse.linalg import cg
 from fbackprop.program import value_of
 
 
-def check_damping(damping) -> None:
-    """Refuse a damping that is known to be below zero, or no number."""
+def check_not_negative(damping) -> None:
+    """Refuse a damping that is known to be below zero, or not a number."""
     known = value_of(damping)
     if known is not None and not np.all(np.asarray(known) >= 0):
         raise ValueError(f"damping={known} must not be negative")
@@ -118,7 +118,7 @@ def conjugate_gradients(
       tolerance: the residual's norm at which to stop, relative to that of v.
       max_iterations: how many products to spend at most; by default ten per dimension.
     """
-    check_damping(damping)
+    check_not_negative(damping)
     space = operator.space
 
     def multiply(v):
@@ -179,7 +179,7 @@ class Scaled(Curvature):
 
     def solve(self, tree, damping=0.0):
         """(A + damping I)⁻¹ v; of the operator zero, 0 without damping."""
-        check_damping(damping)
+        check_not_negative(damping)
         known = value_of(self.factor)
         if known is not None and known < 0:
             raise ValueError(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import block_diag
 
 from fbackprop.curvature import cholesky
-from fbackprop.curvature.base import Curvature, check_damping
+from fbackprop.curvature.base import Curvature, check_not_negative
 from fbackprop.curvature.space import Space
 
 
@@ -35,7 +35,7 @@ class Dense(Curvature):
 
         The damping is raised to max(P · ε, ε^¾) times the largest diagonal element.
         """
-        check_damping(damping)
+        check_not_negative(damping)
         factored = cholesky.factor(self.matrix, damping)
         return self.space.unravel(cholesky.solve(factored, self.space.ravel(tree)))
 
@@ -74,7 +74,7 @@ class BlockDiagonal(Curvature):
 
     def solve(self, tree, damping=0.0):
         """As of `Dense`, leaf by leaf."""
-        check_damping(damping)
+        check_not_negative(damping)
         return self._each(lambda b, v: cholesky.solve(cholesky.factor(b, damping), v), tree)
 
     def diagonal(self):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fbackprop.curvature.base import Curvature, check_damping
+from fbackprop.curvature.base import Curvature, check_not_negative
 from fbackprop.curvature.space import Space
 
 
@@ -38,7 +38,7 @@ class Diagonal(Curvature):
 
     def solve(self, tree, damping=0.0):
         """v / (values + damping); 0 where that is 0 / 0, as the pseudo-inverse has it."""
-        check_damping(damping)
+        check_not_negative(damping)
         self.space.check(tree)
 
         def divided(d, v):

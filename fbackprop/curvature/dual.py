@@ -11,7 +11,7 @@ import optax
 
 from fbackprop.columns import HessianRoot
 from fbackprop.curvature import cholesky
-from fbackprop.curvature.base import Curvature, check_damping
+from fbackprop.curvature.base import Curvature, check_not_negative
 from fbackprop.curvature.dense import Dense
 from fbackprop.curvature.space import Space
 from fbackprop.gradients import Gradients
@@ -84,7 +84,7 @@ class DualGaussNewton(Curvature):
         factor's is raised to √ε of the Gram matrix's largest diagonal element, which what follows
         makes good along all but smaller eigenvalues.
         """
-        check_damping(damping)
+        check_not_negative(damping)
         with full_precision():
             return self._solved(tree, damping)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fbackprop.curvature import cholesky
-from fbackprop.curvature.base import Curvature, check_damping, conjugate_gradients
+from fbackprop.curvature.base import Curvature, check_not_negative, conjugate_gradients
 from fbackprop.curvature.space import Space
 from fbackprop.kronecker import (
     BiasBlock,
@@ -154,7 +154,7 @@ class KroneckerFactors(_Blocks):
         (Martens and Grosse 2015, section 6.3). A vector's block is inverted exactly. The damping
         of each factor is raised to max(n · ε, ε^¾) times its largest diagonal element.
         """
-        check_damping(damping)
+        check_not_negative(damping)
         merged = self.merged()
         factors = iter(merged._factors())
         return KroneckerFactors(
@@ -194,7 +194,7 @@ class EigenFactors(_Blocks):
 
     def solve(self, tree, damping=0.0):
         """(A + damping I)⁻¹ v, exactly; 0 along undamped values that are not greater than zero."""
-        check_damping(damping)
+        check_not_negative(damping)
 
         def divide(values, x):
             total = values + jnp.asarray(damping, values.dtype)

@@ -120,6 +120,15 @@ def check_updates(who: str, updates, params) -> None:
         )
 
 
+def check_state(who: str, state, kind: type) -> None:
+    """Refuse the state of another optimizer."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{who}: the state is a {type(state).__name__}, but must be a {kind.__name__}: pass "
+            "that of the optimizer's init(params), or of its last update"
+        )
+
+
 def is_finite(*trees) -> jax.Array:
     """Whether all numbers of the trees are finite, and their sum too."""
     leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.inexact)]

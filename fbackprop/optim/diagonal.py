@@ -16,6 +16,7 @@ from fbackprop.optim.common import (
     check_damping,
     check_fraction,
     check_positive,
+    check_state,
     check_updates,
     is_finite,
     objective_of,
@@ -93,6 +94,7 @@ def diagonal_gauss_newton(
     def update(updates, state, params=None, *, objective=None, **extra):
         del extra
         check_updates(who, updates, params)
+        check_state(who, state, DiagonalState)
         problem = objective_of(objective, updates, who)
 
         def measured():

@@ -19,6 +19,7 @@ from fbackprop.optim.common import (
     check_fraction,
     check_positive,
     check_start,
+    check_state,
     check_updates,
     complete,
     is_finite,
@@ -237,6 +238,7 @@ def _factored(
     def update(updates, state, params=None, *, objective=None, grad=None, **extra):
         del extra
         check_updates(who, updates, params)
+        check_state(who, state, FactoredState)
         problem = objective_of(objective, updates, who)
         state = complete(state, objective)
         if not adaptive:

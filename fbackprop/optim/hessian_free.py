@@ -14,6 +14,7 @@ from fbackprop.optim.common import (
     check_fraction,
     check_positive,
     check_start,
+    check_state,
     check_updates,
     is_finite,
     objective_of,
@@ -85,6 +86,7 @@ def hessian_free(
     def update(updates, state, params=None, *, objective=None, value=None, **extra):
         del extra
         check_updates("hessian_free", updates, params)
+        check_state("hessian_free", state, HessianFreeState)
         problem = objective_of(objective, updates, "hessian_free")
         value = problem.value() if value is None else value
         value = jnp.asarray(value, state.ratio.dtype)

@@ -11,6 +11,7 @@ import optax
 from fbackprop.curvature.dual import GGNRows
 from fbackprop.optim.common import (
     check_start,
+    check_state,
     check_updates,
     is_finite,
     objective_of,
@@ -74,6 +75,7 @@ def levenberg_marquardt(
     def update(updates, state, params=None, *, objective=None, value=None, value_fn=None, **extra):
         del extra
         check_updates("levenberg_marquardt", updates, params)
+        check_state("levenberg_marquardt", state, LevenbergMarquardtState)
         problem = objective_of(objective, updates, "levenberg_marquardt")
         value_fn = problem.value if value_fn is None or problem is not objective else value_fn
         value = value_fn(params) if value is None else value

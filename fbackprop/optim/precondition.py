@@ -15,6 +15,7 @@ from fbackprop.optim.common import (
     ScalarOrSchedule,
     at_step,
     check_damping,
+    check_state,
     is_finite,
     objective_of,
     zero_unless,
@@ -88,6 +89,7 @@ def precondition_by_curvature(
                 f"curvature={curvature!r} is no fbackprop.Curvature: pass one to update, such as "
                 "fb.GaussNewton(model, loss, params, batch)"
             )
+        check_state("precondition_by_curvature", state, PreconditionState)
         at = of_loss(value, objective) if damping is None else at_step(damping, state.steps)
         solution = curvature.solve(updates, at)
         finite = is_finite(solution)
@@ -115,6 +117,7 @@ def with_curvature(
         return WithCurvatureState(jnp.zeros((), jnp.int32), inner.init(params))
 
     def update(updates, state, params=None, *, objective=None, **extra):
+        check_state("with_curvature", state, WithCurvatureState)
         problem = objective_of(objective, updates, "with_curvature")
         curvature = measure(problem, jax.random.fold_in(jax.random.key(0), state.steps))
         updates, after = inner.update(

@@ -633,3 +633,13 @@ def test_later_calls_are_checked_as_the_first():
         step({**params, "b": params["b"] + 0j}, state, (x, y), key=key)
     with pytest.raises(ValueError, match="weights must not be negative"):
         step(params, state, (x, y), weights=-jnp.ones(16), key=key)
+
+
+@MEMBERS
+def test_the_state_of_another_optimizer_is_refused(name):
+    params, other = perceptron_params(), optax.adam(0.1)
+    step = fb.optim.step(perceptron, fb.losses.squared_error, FAMILY[name]())
+    with pytest.raises(
+        TypeError, match=r"the state is a \w+, but must be a \w+State: pass that of"
+    ):
+        step(params, other.init(params), examples())
