@@ -48,12 +48,11 @@ def run(
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        said = f"{error.filename}: {error.strerror}" if error.filename else error
+    except (ExperimentError, OSError) as error:
+        said = str(error)
+        if isinstance(error, OSError) and error.filename:
+            said = f"{error.filename}: {error.strerror}"
         print(f"error: {said}", file=sys.stderr)
-        return 1
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interruption:
         print(": ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)

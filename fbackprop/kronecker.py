@@ -268,10 +268,9 @@ def is_vector(shape: Sequence[int]) -> bool:
 def block_without_activations(each, view, start, depth: int, shares, counts) -> KroneckerBlock:
     """The block of a weight without activations: its rows share a factor, save those of a stack."""
     shape = each.shape[2 + depth :]
-    stack, last = math.prod(each.shape[2 : 2 + depth]), math.prod(shape)
+    stack, rows, last = math.prod(each.shape[2 : 2 + depth]), 1, math.prod(shape)
     if not is_vector(shape):
-        last = shape[-1]
-    rows = math.prod(shape) // max(last, 1)
+        rows, last = math.prod(shape[:-1]), shape[-1]
     x = wide(each).reshape(*each.shape[:2], stack, rows, last).swapaxes(2, 3)
     mean = jnp.sum(jnp.broadcast_to(shares, len(each)))  # over all pieces of a batch it is one
     a = jnp.full((stack, rows), mean / rows, x.dtype)

@@ -81,10 +81,10 @@ def first_nonfinite(value, gradients, steps: Sequence[Step]) -> NonFinite | None
             "none: return the record from there and ask it outside"
         )
     found = [_judge(step, 0) for step in steps]
-    forward = list(_Pass(backward=False).findings(found))
     # Infinities that are given are meant, as those of masks: named only if there is nothing else.
-    made = [f for f in forward if not (f.outside and f.kind == KINDS[1])]
-    first = next(iter(made or forward), None)
+    going_forward = _Pass(backward=False).findings(found)
+    made = (f for f in going_forward if not (f.outside and f.kind == KINDS[1]))
+    first = next(made, None) or next(_Pass(backward=False).findings(found), None)
     backward = next(_Pass(backward=True).findings(found), None) or _of_leaves(gradients, True)
     if backward is not None:
         return dataclasses.replace(backward, forward=first)

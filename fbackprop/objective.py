@@ -82,6 +82,7 @@ class Objective:
           key: for quantities that sample, where the objective has none of its own.
           **quantities: what to compute.
         """
+        self._check_key()
         model = self.model
         if self.key is None and takes_key(model):  # the key is not for the model
 

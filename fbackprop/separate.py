@@ -437,14 +437,15 @@ class _Inner(_Weights):
                 self._n_own += 1
             named = given.get(key) or (self.eqn, own[key])
             depth += sum(around.stacked for around in loop(key))
-            loose = [line.replace(UNKNOWN_LINE, self.eqn.source) for line in loose]
-            places.append(self.enlist(named, loose, depth))
+            places.append(self.enlist(named, list(map(self._with_line, loose)), depth))
         for use in part.uses:
-            # Library functions are traced once for all their callers, without any caller's line.
-            source = self.eqn.source if use.source == UNKNOWN_LINE else use.source
             use = use.within(places, lambda w: loop(part.weights[w]))
-            self.uses.append(use._replace(source=source))
+            self.uses.append(use._replace(source=self._with_line(use.source)))
         return places, own
+
+    def _with_line(self, said: str) -> str:
+        """The same, with the line of this equation for one that is not known within."""
+        return said.replace(UNKNOWN_LINE, self.eqn.source)
 
     def prepare(self, operands: Sequence) -> tuple[list, dict[int, Any]]:
         """Results that do not depend on data, and the weights computed inside, by number."""

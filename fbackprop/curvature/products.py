@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
@@ -140,7 +141,7 @@ class GaussNewton(_Products):
 
 def _inner(left: list, right: list) -> jax.Array:
     """In single precision at least."""
-    return sum(jnp.vdot(wide(x), wide(y)) for x, y in zip(left, right, strict=True))
+    return optax.tree.vdot(*jax.tree.map(wide, (left, right)))
 
 
 def _weighted(share, x):

@@ -74,11 +74,11 @@ class Step:
         return complete(self.optimizer.init(params), objective)
 
     def _objective(self, params, batch, further, weights, key) -> Objective:
-        weights = None if weights is None else jnp.asarray(weights)
+        if isinstance(weights, list | tuple):
+            weights = jnp.asarray(weights)
         return Objective(self.model, self.loss, params, batch, further, weights, key, self.chunk)
 
     def _run(self, state, objective: Objective):
-        objective.check()
         params = objective.params
         value, gradient = objective.value_and_gradient()
 

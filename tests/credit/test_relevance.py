@@ -155,9 +155,7 @@ NETWORKS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize(
-    "name", ["mlp", "convnet", "resnet", pytest.param("transformer", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["mlp", "convnet", "resnet", "transformer"])
 def test_relevance_is_conserved(name, rules):
     f, x = NETWORKS[name]
     found = jax.jit(lambda x: fb.credit.relevance(f, x, RULES[rules]()))(x)

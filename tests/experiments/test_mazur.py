@@ -79,8 +79,7 @@ def test_runs_as_a_module():
 
 def test_unknown_option_is_one_line(capsys):
     assert mazur.main(["--rate", "1"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    one_error_line(capsys)
 
 
 def test_decimals_out_of_range_are_one_line(capsys):
