@@ -166,6 +166,7 @@ def test_eigenpairs_when_the_space_is_exhausted(name, dtype):
     assert np.all(found.residuals <= tolerance)
 
 
+@pytest.mark.slow
 def test_pairs_that_converge_and_those_that_do_not():
     """Far from all of a large space; converged pairs are what spoils the basis of a plain Lanczos.
 
@@ -268,6 +269,7 @@ def log_determinants(matrix):
     return mapped_log_determinants(matrix.astype("float32"), keys, DAMPINGS)
 
 
+@pytest.mark.slow
 def test_log_determinant_within_its_standard_error(optimized):
     found = log_determinants(POSITIVE)
     for damping, value, error in zip(DAMPINGS, *found, strict=True):

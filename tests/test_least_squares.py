@@ -173,6 +173,7 @@ def test_nist_certified_parameters_from_both_starts(name):
     np.testing.assert_allclose(2 * cost, DATASETS[name]["rss"][0], rtol=1e-9, atol=1e-22)
 
 
+@pytest.mark.slow
 def test_nist_takes_few_steps():
     steps = np.concatenate([nist_fits(name)[2] for name in MODELS])
     assert steps.size == 54
@@ -203,6 +204,7 @@ def test_precision_follows_the_parameters(dtype, tolerance):
         np.testing.assert_allclose(fit.params["rate"], 0.5, rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_half_precision_parameters():
     x = jnp.asarray(X, jnp.float32)
     start = {"height": jnp.ones((), jnp.bfloat16), "rate": jnp.ones((), jnp.bfloat16)}
@@ -211,6 +213,7 @@ def test_half_precision_parameters():
     np.testing.assert_allclose(float(fit.params["height"]), 3, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_batch_of_fits_equals_the_fits_alone():
     """Fits of very different length in one call: the finished ones must not move on."""
     rng = np.random.default_rng(0)
@@ -231,6 +234,7 @@ def test_batch_of_fits_equals_the_fits_alone():
             np.testing.assert_allclose(one.params["rate"], together.params["rate"][n], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_result_is_consistent():
     def residual(params):
         a, (b,) = params
@@ -288,6 +292,7 @@ def test_awkward_problems(name):
     np.testing.assert_allclose(fit.params, solution, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_derivative_that_is_not_finite_is_a_rejected_step():
     """√|x − 1| is defined at 1, where the Gauss–Newton step from 3 leads; its slope is not."""
     with jax.enable_x64(True):
@@ -304,6 +309,7 @@ def test_start_that_is_not_finite_is_handed_back(bad):
     np.testing.assert_array_equal(fit.params, start)
 
 
+@pytest.mark.slow
 def test_bad_fit_leaves_its_batch_alone():
     starts = jnp.array([[-1.2, 1.0], [jnp.nan, 1.0], [0.5, 0.5]])
     fit = jax.jit(jax.vmap(functools.partial(least_squares, rosenbrock)))(starts)
@@ -311,6 +317,7 @@ def test_bad_fit_leaves_its_batch_alone():
     np.testing.assert_allclose(fit.params[::2], 1, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_wall_at_the_minimum_is_no_convergence():
     """The cost falls towards a wall beyond which nothing is defined: no stationary point."""
     fit = least_squares(lambda x: jnp.where(x > 1, x, jnp.nan), jnp.array(3.0), max_steps=500)
@@ -327,6 +334,7 @@ def test_stops_when_the_steps_run_out(steps):
     assert fit.cost <= jnp.sum(rosenbrock(jnp.array([-1.2, 1.0])) ** 2) / 2
 
 
+@pytest.mark.slow
 def test_tolerances_stop_earlier():
     def fit(rtol, atol):
         return least_squares(rosenbrock, jnp.array([-1.2, 1.0]), rtol=rtol, atol=atol)

@@ -122,6 +122,7 @@ def test_parameters_are_plain_containers_of_arrays(name):
     check(shapes(name))
 
 
+@pytest.mark.slow
 @each_network
 def test_vmap_is_one_example_at_a_time(name):
     batch = example(name, (2,))
@@ -142,6 +143,7 @@ def test_init_depends_on_the_key_alone(name):
         assert np.any(np.asarray(a) != np.asarray(b)) == (a.ndim > 1)
 
 
+@pytest.mark.slow
 @each_network
 def test_every_parameter_matters(name):
     network, *_ = NETWORKS[name]

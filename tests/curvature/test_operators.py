@@ -15,7 +15,7 @@ from fbackprop.curvature import cholesky, dual
 
 CASES = [
     "mlp",
-    "tied_linear",
+    pytest.param("tied_linear", marks=pytest.mark.slow),
     pytest.param("scanned_transformer", marks=pytest.mark.slow),
     "conv1d_scanned",
 ]
@@ -132,6 +132,7 @@ def test_examples_in_pieces_are_the_same_examples(name):
         np.testing.assert_allclose(found, whole, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_the_matrix_over_parameters_is_formed_in_pieces(monkeypatch):
     monkeypatch.setattr(dual, "LEAST_FORMED", 0)
     x, w = jnp.sin(jnp.arange(39.0)).reshape(13, 3), jnp.ones((2, 3))
@@ -186,6 +187,7 @@ def test_weights_of_examples_and_a_key():
     np.testing.assert_allclose(gradient, expected[1], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_trees_of_other_shapes_are_refused():
     problem = small()
     factors = fb.KroneckerFactors(problem.sweep(kron=fb.Kronecker())["kron"])
@@ -295,6 +297,7 @@ def test_singular_and_undamped_solutions_are_finite():
     np.testing.assert_allclose(found, jnp.ones(3), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_parameter_without_curvature_and_one_example():
     def model(p, x):
         return p["used"] @ x
@@ -311,6 +314,7 @@ def test_a_parameter_without_curvature_and_one_example():
     assert np.all(np.isfinite(undamped["unused"]))
 
 
+@pytest.mark.slow
 def test_inverse_divides_the_damping():
     case = zoo.CASES["mlp"](jax.random.key(0))
     blocks = fb.sweep(case.model, case.loss, k=fb.Kronecker())(case.params, case.batch)["k"]
@@ -362,6 +366,7 @@ def test_trees_that_do_not_fit():
         fb.Objective(lambda w, x, key: w, fb.losses.squared_error, 1.0, problem.batch).value()
 
 
+@pytest.mark.slow
 def test_a_damping_below_zero_is_refused_by_all():
     params, batch = jnp.ones(2), (jnp.eye(2), jnp.ones(2))
     found = fb.sweep(

@@ -102,6 +102,7 @@ def test_a_run_leaves_files_that_parse(tmp_path, capsys):
     assert "gradient-equivalents" in said and "Levenberg–Marquardt: 8 runs of 6 steps" in said
 
 
+@pytest.mark.slow
 def test_what_diverges_is_said_and_drawn(tmp_path):
     lost = outcome_of("sgd", np.full((2, 3, 4), math.nan), [{"learning_rate": r} for r in (1, 2)])
     risen = outcome_of("kfac", [[[1, 2, 3]]], [{"learning_rate": 1, "damping": 1}])
@@ -151,12 +152,14 @@ def test_a_lane_is_what_a_plain_loop_does(line):
     np.testing.assert_allclose(curves.test_score[-1], jnp.mean(apart), 1e-5)
 
 
+@pytest.mark.slow
 def test_the_line_search_of_another_library_finds_what_it_needs(line):
     found = small_search(line, OPTIMIZERS["lbfgs"], [{}], [0], (0, 3), 12)
     start, end = found.curves.train_loss[0, 0]
     assert end < start / 2
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing_but_the_memory(line):
     settings, seeds = [{"learning_rate": rate} for rate in (1e-3, 1e-2, 1e-1)], [0]
     asked = line, OPTIMIZERS["sgd"], settings, seeds, (0, 2, 9)
@@ -170,6 +173,7 @@ def test_chunks_change_nothing_but_the_memory(line):
     assert [chunk[0]["x"].tolist() for chunk in search._chunks(lanes, 2)] == [[0, 1], [2, 2]]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_into_memory_is_left_out_and_the_rest_goes_on(
     tmp_path, capsys, monkeypatch
 ):
@@ -211,6 +215,7 @@ def _ctrl_c_raises():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_ctrl_c_raises")
 def test_ctrl_c_ends_training_at_the_next_record(line):
     seen, rates = [], [{"learning_rate": 0.1}]

@@ -75,6 +75,7 @@ def test_failing_interpreter_is_one_line(run, tmp_path, capsys):
     assert "No module named torch" in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_too_large_for_memory_is_not_run(monkeypatch):
     monkeypatch.setattr(quantity_benchmark, "memory_of_device", lambda: 0)
     measured = quantity_benchmark.Bench(TINY, 1).measure("example-norms")[BY_JAX]

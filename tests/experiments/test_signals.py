@@ -115,6 +115,7 @@ def test_error_signals_are_those_of_backpropagation():
         arriving = delta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "options", "exact", "spread"),
     [
@@ -138,6 +139,7 @@ def test_orthogonal_weights_keep_the_norm():
     assert abs(found.slope) < 1e-6
 
 
+@pytest.mark.slow
 def test_slopes_follow_the_theory():
     """The spread of a relu is used for all; a tanh in chaos has fewer active units than that."""
     scales = {"tanh": (1.0, 2.0), "sigmoid": (2.0,), "erf": (0.7,), "selu": (1.0,), "gelu": (1.0,)}

@@ -63,6 +63,7 @@ def test_gauss_newton_solves_linear_least_squares_in_one_step(space):
         np.testing.assert_allclose(found, w, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_loss_sets_the_damping_of_gauss_newton():
     """A fifth of it, so that a factor on the loss changes nothing."""
     params, batch = perceptron_params(), examples()
@@ -163,6 +164,7 @@ def test_kfac_averages_over_a_number_of_examples():
     assert not np.allclose(factors(), factors(decay=0.9), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_factors_are_renewed_in_the_first_five_steps_and_then_now_and_then():
     optimizer = fb.optim.kfac(every=8)
     step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
@@ -203,6 +205,7 @@ def test_much_damping_gives_the_gradients_direction(name):
     assert cosine > 0.9999
 
 
+@pytest.mark.slow
 def test_the_quadratic_models_step_is_its_minimum():
     """With exact curvature of a quadratic loss no multiple of the step does better."""
     params, batch = normal(0, 4, 2), (normal(1, 10, 4), normal(2, 10, 2))
@@ -238,6 +241,7 @@ def test_the_quadratic_model_is_of_a_part_of_a_large_batch(n, size):
     np.testing.assert_allclose(*run(whole), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_length_of_a_step_is_of_what_the_gradient_has_become():
     """Weight decay counts in the model's slope, whether the gradient is passed or not."""
     decay, damping = 0.5, 0.1

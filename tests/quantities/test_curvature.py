@@ -202,6 +202,7 @@ def test_samples_have_the_exact_curvature_as_their_mean(loss, target):
         assert_close(found[name] / scale, found["exact"] / scale, 0.1)
 
 
+@pytest.mark.slow
 def test_one_sample_is_unbiased_for_masked_positions_and_soft_labels():
     """The cross-entropy's root takes the weight of a position into account."""
 
@@ -283,6 +284,7 @@ def test_what_is_flat_has_no_curvature():
     assert_close(found, jnp.mean(case.batch[0] ** 2, axis=0)[:, None] * jnp.ones((1, 3)))
 
 
+@pytest.mark.slow
 def test_a_concave_loss_has_a_negative_diagonal():
     case = zoo.Case(
         lambda w, x: jax.nn.relu(x @ w[:, 0] + 2) * w[0, 1],
@@ -313,6 +315,7 @@ def test_curved_models_are_refused_with_the_line(name, primitive):
 # --- pairs ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dots_with_a_second_batch_are_influences():
     case = zoo.CASES["mlp"](jax.random.key(0))
     other = (normal(5, 3, 5), jnp.array([0, 2, 1]))
@@ -345,6 +348,7 @@ def test_parts_of_the_gram_matrix_add_up():
     assert_close(jnp.einsum("ncnc->nc", found["gram"]), found["norms"])
 
 
+@pytest.mark.slow
 def test_many_gradients_are_formed_a_few_at_a_time(monkeypatch):
     """With room for one gradient only, the results are the same."""
     case = zoo.CASES["convnet"](jax.random.key(0))
