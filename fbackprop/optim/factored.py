@@ -267,6 +267,8 @@ def _factored(
             weights = jnp.array([rate, momentum])
         # The last update is finite, and the model has the squares of the direction in it.
         finite = is_finite(weights, direction if model is None else model[1:])
+        # Through a branch: the kernel of every leaf would compute both again.
+        finite, weights = where(finite, (True, weights), (False, jnp.zeros_like(weights)))
 
         def combined(x, y, param):
             total = weights[0] * x + weights[1] * y
