@@ -25,7 +25,7 @@ def curves(path: Path, outcomes: Sequence[Outcome], target: float, score_name: s
             for panel, axis in zip(row, AXES, strict=True):
                 for outcome in outcomes:
                     _draw_curve(panel, outcome, axis, quantity)
-                panel.set_xscale("log")
+                _logarithmic(panel)
             if score_name != "test accuracy" or quantity != "test_score":
                 row[0].set_yscale("log")
             row[0].set_ylabel(label)
@@ -58,6 +58,14 @@ def search(path: Path, outcomes: Sequence[Outcome]) -> None:
         for row in panels:
             row[0].set_ylabel("last training loss")
         figure.savefig(path, dpi=200)
+
+
+def _logarithmic(panel) -> None:
+    """A logarithmic axis of x; what it labels between powers of ten, on short ranges, is short."""
+    from matplotlib.ticker import LogFormatter
+
+    panel.set_xscale("log")
+    panel.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
 @contextmanager
@@ -121,7 +129,7 @@ def _draw_search(panel: Any, outcome: Outcome) -> None:
             values[lost, 0], np.full(len(lost), 0.97), "x", color=colour,
             transform=panel.get_xaxis_transform(),
         )  # fmt: skip
-    panel.set_xscale("log")
+    _logarithmic(panel)
     panel.set_yscale("log")
     panel.set_xlabel(names[0].replace("_", " "))
     panel.set_title(OPTIMIZERS[outcome.name].label, fontsize=8)

@@ -82,6 +82,8 @@ def sweep(
             raise TypeError(
                 f"{name}={quantity!r} is not a quantity: give an instance, such as fb.Gradient()"
             )
+        if quantity.over not in ("sum", "examples", "pairs"):
+            raise ValueError(f'{name}: over={quantity.over!r} must be "sum", "examples" or "pairs"')
     table = STRICT if strict else DEFAULT
     changes = None if rules is None else Overrides(rules)
 
@@ -198,6 +200,8 @@ class _Task(NamedTuple):
         for name, q in self.quantities.items():
             whole_batch = q.over == "pairs"
             found[name] = swept[q.columns] if whole_batch else q.extract(gradients[q.columns])
+            if q.over == "examples":
+                _check_rows(name, found[name], len(losses))
         return found
 
     def sweep(self, examples: Examples, kinds: Sequence) -> tuple[Any, list[_Swept]]:
@@ -218,8 +222,8 @@ class _Task(NamedTuple):
             loss = self.loss(prediction, target)
             _check_loss(loss)
 
-            def back(seed):
-                moving = iter(jax.tree.leaves(seed))
+            def back(column):
+                moving = iter(column)
                 cts = [next(moving) if is_inexact(type_of(z)) else None for z in outs[:n]]
                 cts += [None] * (len(outs) - n)
                 signals = backward(rules, program, active, tape, cts)[first:]
@@ -230,22 +234,16 @@ class _Task(NamedTuple):
             swept = []
             example = Example(self.loss, prediction, target, key)
             for kind in kinds:
-                seeds, signs = kind(example)
-                leaves = jax.tree.leaves(seeds)
-                if not leaves:
-                    raise TypeError(
-                        "the prediction has no floating-point array in it: nothing that depends on "
-                        f"the parameters has a derivative, but {jax.tree.map(type_of, prediction)}"
-                    )
+                leaves, signs = _checked(kind(example), prediction)
                 n_columns = len(leaves[0])
                 if signs is None:
                     signs = jnp.ones(n_columns)
                 else:
                     self.signed.add(kind)
                 if n_columns == 1:
-                    found = jax.tree.map(lambda x: x[None], back(jax.tree.map(_first, seeds)))
+                    found = jax.tree.map(lambda x: x[None], back([x[0] for x in leaves]))
                 else:
-                    found = jax.vmap(back)(seeds)
+                    found = jax.vmap(back)(leaves)
                 signals, named = found
                 swept.append(_Swept(met, signals, named, signs, share))
             return loss, swept
@@ -304,8 +302,42 @@ class _Task(NamedTuple):
         )
 
 
-def _first(x):
-    return x[0]
+def _checked(columns, prediction) -> tuple[list, Any]:
+    """The leaves of columns, one for each of the prediction's that have derivatives; the signs."""
+    moving = [type_of(z) for z in jax.tree.leaves(prediction) if is_inexact(type_of(z))]
+    if not moving:
+        raise TypeError(
+            "the prediction has no floating-point array in it: nothing that depends on the "
+            f"parameters has a derivative, but {jax.tree.map(type_of, prediction)}"
+        )
+    if not isinstance(columns, tuple) or len(columns) != 2:
+        raise TypeError(
+            f"a quantity's columns must be a pair (columns, signs), but are a "
+            f"{type(columns).__name__}: return None for the signs where all are positive"
+        )
+    leaves, signs = jax.tree.leaves(columns[0]), columns[1]
+    shapes, expected = list(map(jnp.shape, leaves)), [z.shape for z in moving]
+    if [shape[1:] for shape in shapes] != expected or len({shape[:1] for shape in shapes}) > 1:
+        raise ValueError(
+            f"a quantity's columns must be like the prediction, {expected}, each with the axis of "
+            f"columns in front, but are {shapes}"
+        )
+    if signs is not None and jnp.shape(signs) != shapes[0][:1]:
+        raise ValueError(
+            f"the signs of {shapes[0][0]} columns must have shape {shapes[0][:1]}, but have "
+            f"{jnp.shape(signs)}"
+        )
+    pairs = zip(leaves, moving, strict=True)
+    return [jnp.asarray(x).astype(z.dtype) for x, z in pairs], signs
+
+
+def _check_rows(name: str, found, n: int) -> None:
+    for shape in map(jnp.shape, jax.tree.leaves(found)):
+        if shape[:1] != (n,):
+            raise ValueError(
+                f'{name}: a quantity over "examples" must have a leading axis of {n} examples, '
+                f"but it extracted an array of shape {shape}"
+            )
 
 
 def _check_loss(loss) -> None:
@@ -314,8 +346,10 @@ def _check_loss(loss) -> None:
             f"the loss of one example must be a real scalar, but is a {type(loss).__name__}: "
             "return no more than the loss"
         )
-    if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+    shape, dtype = jnp.shape(loss), jnp.result_type(loss)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        remedy = "sum it over the prediction's axes" if shape else "return a floating-point number"
         raise ValueError(
-            f"the loss of one example must be a real scalar, but has shape {jnp.shape(loss)} and "
-            f"dtype {jnp.result_type(loss)}: sum it over the prediction's axes"
+            f"the loss of one example must be a real scalar, but has shape {shape} and dtype "
+            f"{dtype}: {remedy}"
         )

@@ -32,6 +32,7 @@ from fbackprop.program import (
     type_of,
 )
 from fbackprop.reverse import grad
+from fbackprop.rules.derived import tangent_program
 
 
 class Example(NamedTuple):
@@ -330,10 +331,11 @@ def _slope_product(loss, prediction, target, v):
 # --- losses that are sums over the elements of the prediction -------------------------------------
 
 _ELEMENTWISE = frozenset(
-    """abs acos acosh add asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos
-    cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma
-    log log1p logistic lt max min mul ne neg nextafter not pow reduce_precision rem round rsqrt
-    select_n sign sin sinh sqrt square stop_gradient sub tan tanh""".split()
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
+    convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor
+    ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter
+    not or pow reduce_precision rem round rsqrt select_n sign sin sinh sqrt square
+    stop_gradient sub tan tanh""".split()
 )
 _LINEAR = frozenset("reduce_sum neg convert_element_type reshape squeeze copy".split())
 
@@ -350,11 +352,12 @@ def _is_separable(example: Example) -> bool:
     return "mixed" not in _kinds(inlined(program), kinds)
 
 
-def _kinds(program: Program, inputs: list) -> list:
+def _kinds(program: Program, inputs: list, by_rule: bool = True) -> list:
     """How each output depends on the prediction, given how the inputs do.
 
     None (not at all), "element of i" (elementwise on the i-th of its arrays), "sum" (linear in
-    such elements) or "mixed".
+    such elements) or "mixed". A `custom_jvp` function's derivatives are what its rule says: look
+    at that `by_rule`, but not again where a rule calls such a function itself.
     """
     kinds: dict[Var, str | None] = dict(zip(program.inputs, inputs, strict=True))
 
@@ -364,11 +367,31 @@ def _kinds(program: Program, inputs: list) -> list:
     for eqn in program.equations:
         ins = [kind(v) for v in eqn.inputs]
         if eqn.primitive.name == "custom_jvp_call":
-            outs = _kinds(inlined(program_of(eqn.params["call_jaxpr"])), ins)
+            inside = inlined(program_of(eqn.params["call_jaxpr"]))
+            outs = _kinds_by_rule(eqn, ins) if by_rule else _kinds(inside, ins, False)
         else:
             outs = [_kind_of(eqn, ins)] * len(eqn.outputs)
         kinds.update(zip(eqn.outputs, outs, strict=True))
     return [kind(v) for v in program.outputs]
+
+
+def _kinds_by_rule(eqn: Equation, ins: list) -> list:
+    """Of a `custom_jvp` function: how its values depend, or its tangents if these mix more."""
+    values = _kinds(inlined(program_of(eqn.params["call_jaxpr"])), ins, by_rule=False)
+    moving = tuple(
+        k is not None and is_inexact(v.aval) for k, v in zip(ins, eqn.inputs, strict=True)
+    )
+    if not any(moving):
+        return values
+    program, carries = tangent_program(eqn, moving)
+    of_tangents = [k for k, moves in zip(ins, moving, strict=True) if moves]
+    found = iter(_kinds(inlined(program), [*ins, *of_tangents], by_rule=False)[len(values) :])
+    tangents = [next(found) if carried else None for carried in carries]
+    return [max(pair, key=_mixing) for pair in zip(values, tangents, strict=True)]
+
+
+def _mixing(kind: str | None) -> int:
+    return {None: 0, "sum": 2, "mixed": 3}.get(kind, 1)
 
 
 def _kind_of(eqn: Equation, ins: list) -> str | None:

@@ -31,6 +31,7 @@ def examples_of(batch, further, weights, key, takes_key: bool, like=None) -> Exa
     """A batch, checked; `like` are the inputs of another whose examples it must resemble."""
     n = size_of(batch, further, weights)
     x, y = batch
+    _check_key(key)
     keys = (None, None) if key is None else jax.random.split(key, (2, n))
     inputs = (x, *further, keys[0]) if takes_key else (x, *further)
     if like is not None and one_of(inputs) != one_of(like):
@@ -83,6 +84,14 @@ def length(trees, weights) -> int:
     if not sizes or 0 in sizes.values():
         raise ValueError("the batch is empty: it must hold at least one example")
     return next(iter(sizes.values()))
+
+
+def _check_key(key) -> None:
+    typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = hasattr(key, "dtype") and key.dtype == jnp.uint32
+    if key is not None and not (typed and key.shape == ()) and not (raw and key.ndim == 1):
+        said = f"{key.dtype}{list(key.shape)}" if hasattr(key, "shape") else repr(key)
+        raise TypeError(f"key={said}: pass one key, of jax.random.key")
 
 
 def _check_weights(weights) -> None:

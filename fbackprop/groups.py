@@ -225,7 +225,8 @@ def _squares(a: Dense | OneHot, b, shares):
 def formed_dots(x, y):
     """⟨·, ·⟩ of gradients (n, c, …) and (m, d, …), (n, c, m, d)."""
     x, y = wide(x), wide(y)
-    left, right = x.reshape(*x.shape[:2], -1), y.reshape(*y.shape[:2], -1)
+    size = math.prod(x.shape[2:])
+    left, right = (z.reshape(*z.shape[:2], size) for z in (x, y))
     return contract("ncf,mdf->ncmd", left, right)
 
 

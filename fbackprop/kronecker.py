@@ -223,7 +223,8 @@ class EigenBlock(Block):
 
     def diagonal(self):
         """The diagonal, (g, i, o)."""
-        a = jnp.eye(self.values.shape[1])[None] if self.a is None else self.a
+        unit = jnp.eye(self.values.shape[1], dtype=self.dtype)[None]
+        a = unit if self.a is None else self.a
         return a**2 @ self.values @ (self.b**2).mT
 
     def dense(self):

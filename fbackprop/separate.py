@@ -87,14 +87,20 @@ class Use(NamedTuple):
 
 
 def untaken(dtype):
-    """What stands for an element that a branch not taken would have met.
+    """What stands for an element that a branch not taken would have met: zero, or of indices none.
 
-    Zero, or of indices, which all mean a row, one far outside of any table.
+    Indices are `_signed`, and none of them is the least of its dtype.
     """
-    if not jnp.issubdtype(dtype, jnp.integer):
-        return 0
+    return jnp.iinfo(dtype).min if jnp.issubdtype(dtype, jnp.integer) else 0
+
+
+def _signed(indices):
+    """Indices of another dtype, of at least 32 bits; what is out of a table's range stays so."""
+    dtype = jnp.int64 if indices.dtype.itemsize == 8 else jnp.int32
     info = jnp.iinfo(dtype)
-    return info.min if info.min < 0 else info.max
+    if jnp.issubdtype(indices.dtype, jnp.unsignedinteger) and indices.dtype.itemsize >= 4:
+        indices = jnp.minimum(indices, info.max)
+    return jnp.maximum(indices.astype(dtype), info.min + 1)
 
 
 class Weight(NamedTuple):
@@ -140,6 +146,9 @@ STRUCTURED: dict[str, Callable[[Equation, int], bool]] = {
     "gather": lambda eqn, operand: operand == 0 and _is_lookup(eqn),
     "dynamic_slice": lambda eqn, operand: operand == 0 and _is_row(eqn),
 }
+
+
+LOOKUPS = ("gather", "dynamic_slice")
 
 
 def _grows(eqn: Equation) -> bool:
@@ -387,7 +396,8 @@ class Separation(_Weights):
                 operands[use.operand] = mine[eqn.inputs[use.operand]].plain
                 (out,) = eqn.bind(*operands)
                 outs = [TAP.bind(out, next(remaining))]
-                seen.append(operands[1 - use.operand])
+                met = operands[1 - use.operand]
+                seen.append(_signed(met) if eqn.primitive.name in LOOKUPS else met)
             else:
                 outs = eqn.bind(*(read(env, v) for v in eqn.inputs))
             pairs = zip(eqn.outputs, outs, strict=True)

@@ -470,8 +470,6 @@ def _lookup(use: Use, met, signals, weight_shape) -> Site:
     is_slice = eqn.primitive.name == "dynamic_slice"
     indices = met if is_slice else met[..., 0]  # (n, *loops, *places)
     is_met = indices != untaken(indices.dtype) if use.branches else True
-    if indices.dtype.itemsize < 4:  # may be too narrow for the size
-        indices = indices.astype(jnp.int32)
     if is_slice or eqn.params["mode"] == lax.GatherScatterMode.CLIP:
         indices = jnp.clip(indices, 0, size - 1)
     inside = (indices >= 0) & (indices < size) & is_met

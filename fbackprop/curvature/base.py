@@ -80,7 +80,11 @@ class Curvature:
             return jnp.sum(self.space.ravel(self.diagonal()))
         from fbackprop import estimators  # which is for operators, and may import them
 
-        return estimators.trace(self, self.space.like(), key, samples=samples).value
+        def multiply(v):
+            return self.space.wide(self.matvec(self.space.cast(v)))  # integers, too
+
+        like = jax.eval_shape(self.space.wide, self.space.like())
+        return estimators.trace(multiply, like, key, samples=samples).value
 
     __array_ufunc__ = None  # NumPy's numbers leave multiples to what follows
 

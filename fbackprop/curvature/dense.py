@@ -75,7 +75,9 @@ class BlockDiagonal(Curvature):
     def solve(self, tree, damping=0.0):
         """As of `Dense`, leaf by leaf."""
         check_not_negative(damping)
-        return self._each(lambda b, v: cholesky.solve(cholesky.factor(b, damping), v), tree)
+        return self._each(
+            lambda b, v: cholesky.solve(cholesky.factor(b, damping), v).astype(v.dtype), tree
+        )
 
     def diagonal(self):
         return self._each(lambda block, _: jnp.diagonal(block))

@@ -91,7 +91,8 @@ class DualGaussNewton(Curvature):
     def _solved(self, tree, damping):
         gram = self.gram()
         least = jnp.finfo(gram.dtype).eps ** 0.5 * jnp.max(jnp.diagonal(gram))
-        raised = jnp.maximum(damping, jnp.where(least > 0, least, 1)).astype(gram.dtype)
+        raised = jnp.maximum(damping, least).astype(gram.dtype)
+        raised = jnp.where(raised > 0, raised, 1)
         factored = cholesky.factor(gram, raised)
 
         def solved(v):

@@ -79,7 +79,8 @@ class _Blocks(Curvature):
 
     def matvec(self, tree):
         pairs = zip(self._all, self._arranged(tree), strict=True)
-        return self._restored([block.times(x) for (_, block), x in pairs])
+        found = self._restored([block.times(x) for (_, block), x in pairs])
+        return jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), found, tree)
 
     def diagonal(self):
         return self._restored([block.diagonal() for _, block in self._all])
@@ -218,7 +219,9 @@ class EigenFactors(_Blocks):
 
         def of_leaf(blocks, values):
             return tuple(
-                block if isinstance(block, BiasBlock) else dataclasses.replace(block, values=v)
+                block
+                if isinstance(block, BiasBlock)
+                else dataclasses.replace(block, values=v.astype(block.dtype))
                 for block, v in zip(blocks, values, strict=True)
             )
 

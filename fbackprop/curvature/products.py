@@ -165,10 +165,23 @@ class Hessian(_Products):
     def __init__(self, model: Callable, loss: Callable, params, batch, **options):
         self.objective = Objective(model, loss, params, batch, **options)
         self.objective.check()
-        _, self._pullback = vjp(grad(self.objective.value), params)
+        leaves, structure = jax.tree.flatten(params)
+        moving = [x for x in leaves if is_inexact(type_of(x))]
+
+        def value(moving):
+            remaining = iter(moving)
+            full = [next(remaining) if is_inexact(type_of(x)) else x for x in leaves]
+            return self.objective.value(structure.unflatten(full))
+
+        _, self._pullback = vjp(grad(value), moving)
 
     def matvec(self, tree):
-        return self._pullback(self.space.cast(tree))[0]
+        leaves, structure = jax.tree.flatten(self.space.cast(tree))
+        (found,) = self._pullback([x for x in leaves if is_inexact(type_of(x))])
+        images = iter(found)
+        return structure.unflatten(
+            [next(images) if is_inexact(type_of(x)) else jnp.zeros_like(x) for x in leaves]
+        )
 
 
 def _register(cls, names: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
+from fbackprop.model import check_params
 from fbackprop.objective import Objective
 from fbackprop.program import value_of
 
@@ -76,6 +77,22 @@ def check_positive(who: str, **settings) -> None:
         number = _number(who, name, value)
         if number is not None and not 0 < number < math.inf:
             raise ValueError(f"{who}: {name}={value} must be a finite number greater than zero")
+
+
+def check_count(who: str, **settings) -> None:
+    """Refuse settings that are not whole numbers from one up; traced values pass."""
+    check_positive(who, **settings)
+    for name, value in settings.items():
+        number = _number(who, name, value)
+        if number is not None and number != int(number):
+            raise ValueError(f"{who}: {name}={value} must be a whole number")
+
+
+def check_rate(who: str, learning_rate) -> None:
+    """Refuse a learning rate that is not finite; None, schedules and traced values pass."""
+    number = None if learning_rate is None else _number(who, "learning_rate", learning_rate)
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"{who}: learning_rate={learning_rate} must be a finite number")
 
 
 def check_fraction(who: str, **settings) -> None:
@@ -151,10 +168,14 @@ def zero_unless(condition, tree):
 
 def scalar_like(value, tree) -> jax.Array:
     """A number in the precision of a tree's sums, at least single."""
+    check_params(tree)
     dtypes = [jnp.result_type(x) for x in jax.tree.leaves(tree)]
     return jnp.asarray(value, jnp.result_type(jnp.float32, *dtypes))
 
 
-def with_learning_rate(transformation, learning_rate: ScalarOrSchedule):
+def with_learning_rate(who: str, transformation, learning_rate: ScalarOrSchedule):
     """Followed by a step down the preconditioned gradient, of this length or schedule."""
+    if learning_rate is None:
+        raise TypeError(f"{who}: learning_rate=None must be a number or a schedule")
+    check_rate(who, learning_rate)
     return optax.chain(transformation, optax.scale_by_learning_rate(learning_rate))

@@ -13,6 +13,7 @@ from fbackprop.curvature.diagonal import Diagonal
 from fbackprop.optim.common import (
     ScalarOrSchedule,
     at_step,
+    check_count,
     check_damping,
     check_fraction,
     check_positive,
@@ -34,12 +35,14 @@ class DiagonalState(NamedTuple):
       steps: how many so far.
       mean: running average of the gradient, like the parameters.
       diagonal: running average of the diagonal, like the parameters.
+      measured: how many measurements the diagonal's average is of.
       skipped: how many steps were left out because the gradient was not finite.
     """
 
     steps: jax.Array
     mean: Any
     diagonal: Any
+    measured: jax.Array
     skipped: jax.Array
 
 
@@ -76,7 +79,7 @@ def diagonal_gauss_newton(
     """
     who = "diagonal_gauss_newton"
     check_damping(who, damping)
-    check_positive(who, every=every)
+    check_count(who, every=every)
     check_fraction(who, momentum=momentum, decay=decay)
     if clip is not None:
         check_positive(who, clip=clip)
@@ -89,7 +92,8 @@ def diagonal_gauss_newton(
 
     def init(params):
         mean, diagonal = (jax.tree.map(_blank, params) for _ in range(2))
-        return DiagonalState(jnp.zeros((), jnp.int32), mean, diagonal, jnp.zeros((), jnp.int32))
+        steps, measured, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return DiagonalState(steps, mean, diagonal, measured, skipped)
 
     def update(updates, state, params=None, *, objective=None, **extra):
         del extra
@@ -103,21 +107,26 @@ def diagonal_gauss_newton(
             new = jax.tree.map(lambda x: jnp.maximum(x, 0), new)  # of a loss that is not convex
             diagonal = optax.tree.update_moment(new, state.diagonal, decay, 1)
             diagonal = optax.tree.cast_like(diagonal, state.diagonal)
-            return where(is_finite(diagonal), diagonal, state.diagonal)
+            after = diagonal, state.measured + 1
+            return where(is_finite(diagonal), after, before)
 
-        diagonal = lax.cond(state.steps % every == 0, measured, lambda: state.diagonal)
-        finite = is_finite(updates)
+        before = state.diagonal, state.measured
+        is_time = (state.steps % every == 0) | (state.measured == 0)
+        diagonal, count = lax.cond(is_time, measured, lambda: before)
+        finite = is_finite(updates) & (count > 0)
         moment = optax.tree.update_moment(updates, state.mean, momentum, 1)
         mean = where(finite, optax.tree.cast_like(moment, state.mean), state.mean)
-        h = optax.tree.bias_correction(diagonal, decay, state.steps // every + 1)
-        m = optax.tree.bias_correction(mean, momentum, state.steps + 1)
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        h = optax.tree.bias_correction(diagonal, decay, jnp.maximum(count, 1))
+        m = optax.tree.bias_correction(mean, momentum, jnp.maximum(state.steps + 1 - skipped, 1))
         step = Diagonal(h).solve(m, at_step(damping, state.steps))
         if clip is not None:
             step = jax.tree.map(lambda x: jnp.clip(x, -clip, clip), step)
-        skipped = state.skipped + jnp.where(finite, 0, 1)
-        return zero_unless(finite, step), DiagonalState(state.steps + 1, mean, diagonal, skipped)
+        after = DiagonalState(state.steps + 1, mean, diagonal, count, skipped)
+        return zero_unless(finite, step), after
 
-    return with_learning_rate(optax.GradientTransformationExtraArgs(init, update), learning_rate)
+    transformation = optax.GradientTransformationExtraArgs(init, update)
+    return with_learning_rate(who, transformation, learning_rate)
 
 
 def _blank(param):

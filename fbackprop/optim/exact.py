@@ -73,7 +73,7 @@ def gauss_newton(
         return exact_curvature(objective, key, rows, space)
 
     precondition = with_curvature(precondition_by_curvature(damping), measure)
-    return with_learning_rate(precondition, learning_rate)
+    return with_learning_rate("gauss_newton", precondition, learning_rate)
 
 
 def natural_gradient(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,8 +18,10 @@ from fbackprop.optim.common import (
     Pending,
     ScalarOrSchedule,
     at_step,
+    check_count,
     check_fraction,
     check_positive,
+    check_rate,
     check_start,
     check_state,
     check_updates,
@@ -30,6 +34,7 @@ from fbackprop.optim.common import (
 from fbackprop.optim.quadratic import QuadraticModel, part_of, rest_of
 from fbackprop.optim.reduction import Rule, adapted, reduction_ratio
 from fbackprop.quantities import Kronecker
+from fbackprop.sites import wide
 
 # How fast damping follows the loss. Martens and Grosse take 0.95; on the autoencoder of the
 # benchmark it fell throughout, and falling faster reached lower losses at every step.
@@ -69,11 +74,53 @@ class FactoredState(NamedTuple):
     skipped: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """The factors of an objective's batch. A class, and no closure: states that hold it pickle."""
+
+    quantity: Kronecker
+
+    def __call__(self, objective: Objective, key) -> KroneckerFactors:
+        return _measured(self.quantity, objective, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstSolver:
+    """What solves with a batch's factors alone: its shapes are those of all later ones."""
+
+    make: Callable
+    measure: Measure
+
+    def __call__(self, objective: Objective, key):
+        return self.make(self.measure(objective, key), scalar_like(1.0, objective.params))
+
+
+# Compiled, so that their traces are kept: the state's shapes take one, the step another.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _measured(quantity: Kronecker, objective: Objective, key) -> KroneckerFactors:
+    return KroneckerFactors(objective.sweep(key, factors=quantity)["factors"])
+
+
+_inverse = jax.jit(KroneckerFactors.inverse)
+_eigen = jax.jit(KroneckerFactors.eigen)
+
+
+def _inverted(factors: KroneckerFactors, damping) -> KroneckerFactors:
+    return _inverse(factors, damping)
+
+
+def _turned(factors: KroneckerFactors, damping) -> EigenFactors:
+    del damping
+    return _eigen(factors)
+
+
 class Solver(NamedTuple):
     """How averaged factors precondition.
 
     Attributes:
-      make: ``make(factors, damping)``, of what the factors are.
+      make: ``make(factors, damping)``, of what the factors are; a function of a module.
       update: ``update(solver, objective, key)``, what was made with what it measures of the batch.
       solve: ``solve(solver, gradient, damping)``.
     """
@@ -136,7 +183,7 @@ def kfac(
       μ. Its state is complete after the first update, or from the start with `Step.init`.
     """
     solver = Solver(
-        make=lambda factors, damping: factors.inverse(damping),
+        make=_inverted,
         update=lambda solver, objective, key: solver,
         solve=lambda solver, gradient, damping: solver.matvec(gradient),
     )
@@ -176,7 +223,7 @@ def ekfac(
         return solver.with_values(found["values"])
 
     solver = Solver(
-        make=lambda factors, damping: factors.eigen(),
+        make=_turned,
         update=update,
         solve=lambda solver, gradient, damping: solver.solve(gradient, damping),
     )
@@ -194,23 +241,15 @@ def _factored(
         check_start(who, damping)
     else:
         check_positive(who, damping=damping)
-    check_positive(who, every=every)
+    check_count(who, every=every)
+    check_rate(who, learning_rate)
     check_fraction(who, momentum=momentum, **({} if decay is None else {"decay": decay}))
     if norm_constraint is not None:
         check_positive(who, norm_constraint=norm_constraint)
     if not isinstance(quantity, Kronecker):
         raise TypeError(f"{who}: curvature={quantity!r} must be a fb.Kronecker")
 
-    # Compiled, so that their traces are kept: the state's shapes take one, the step another.
-
-    @jax.jit
-    def measure(objective: Objective, key) -> KroneckerFactors:
-        return KroneckerFactors(objective.sweep(key, factors=quantity)["factors"])
-
-    make = jax.jit(solver.make)
-
-    def first_solver(objective: Objective, key):
-        return make(measure(objective, key), scalar_like(at_step(damping, 0), objective.params))
+    measure = Measure(quantity)
 
     def init(params):
         structure = jax.tree.structure(params)
@@ -220,20 +259,25 @@ def _factored(
             ratio=scalar_like(1.0, params),
             velocity=jax.tree.map(jnp.zeros_like, params),
             factors=Pending(measure, structure),
-            solver=Pending(first_solver, structure),
+            solver=Pending(FirstSolver(solver.make, measure), structure),
             skipped=jnp.zeros((), jnp.int32),
         )
 
     def refreshed(state: FactoredState, objective: Objective, key):
-        """New factors averaged into the old, and what solves with them; the old if not finite."""
+        """Whether new factors are finite, these averaged into the old and what solves with them.
+
+        Where they are not it is the old.
+        """
         new = measure(objective, key)
         renewals = jnp.minimum(state.steps, _early(every) - 1) + state.steps // every
         most = _memory(objective.n_examples) if decay is None else decay
         keep = jnp.minimum(renewals / (renewals + 1), most)  # a plain mean to begin with
         factors = optax.tree.update_moment(new, state.factors, keep, 1)
-        made = solver.update(make(factors, state.damping), objective, key)
-        # The trace tells: no element of a positive semi-definite matrix exceeds its diagonal's.
-        return where(is_finite(made.trace()), (factors, made), (state.factors, state.solver))
+        made = solver.update(solver.make(factors, state.damping), objective, key)
+        # Traces tell: no element of a positive semi-definite matrix exceeds its diagonal's. The
+        # inverse of an infinite factor is finite.
+        finite = is_finite(factors.trace(), made.trace())
+        return finite, *where(finite, (factors, made), (state.factors, state.solver))
 
     def update(updates, state, params=None, *, objective=None, grad=None, **extra):
         del extra
@@ -242,17 +286,19 @@ def _factored(
         problem = objective_of(objective, updates, who)
         state = complete(state, objective)
         if not adaptive:
-            given = jnp.asarray(at_step(damping, state.steps), state.damping.dtype)
-            state = state._replace(damping=given)
+            given = at_step(damping, state.steps)
+            check_positive(who, damping=given)
+            state = state._replace(damping=jnp.asarray(given, state.damping.dtype))
         part = part_of(problem)
         key = jax.random.fold_in(jax.random.key(seed), state.steps)
         is_time = state.steps % every == 0
-        factors, made = lax.cond(
+        usable, factors, made = lax.cond(
             is_time | (state.steps < _early(every)),
             lambda: refreshed(state, problem, key),
-            lambda: (state.factors, state.solver),
+            lambda: (jnp.array(True), state.factors, state.solver),
         )
-        direction = optax.tree.scale(-1.0, solver.solve(made, updates, state.damping))
+        direction = solver.solve(made, jax.tree.map(wide, updates), state.damping)
+        direction = optax.tree.scale(-1.0, direction)
         both = direction, state.velocity
         model = None  # with a learning rate it is needed now and then alone, by `judge`
         if learning_rate is None:
@@ -267,6 +313,7 @@ def _factored(
             weights = jnp.array([rate, momentum])
         # The last update is finite, and the model has the squares of the direction in it.
         finite = is_finite(weights, direction if model is None else model[1:])
+        finite &= usable & (state.damping >= 0)
         # Through a branch: the kernel of every leaf would compute both again.
         finite, weights = where(finite, (True, weights), (False, jnp.zeros_like(weights)))
 

@@ -11,8 +11,8 @@ from jax import lax
 
 from fbackprop.curvature.products import GaussNewton
 from fbackprop.optim.common import (
+    check_count,
     check_fraction,
-    check_positive,
     check_start,
     check_state,
     check_updates,
@@ -23,7 +23,6 @@ from fbackprop.optim.common import (
     zero_unless,
 )
 from fbackprop.optim.reduction import Rule, adapted, reduction_ratio
-from fbackprop.sites import wide
 
 RULE = Rule(shrink=2 / 3, grow=3 / 2, rejected=3 / 2)  # section 4.1
 PROGRESS = 5e-4  # ε of section 4.4
@@ -71,7 +70,7 @@ def hessian_free(
       ``value=``, the loss at the parameters. An update that would not lower the loss is zero.
     """
     check_start("hessian_free", damping)
-    check_positive("hessian_free", max_iterations=max_iterations)
+    check_count("hessian_free", max_iterations=max_iterations)
     check_fraction("hessian_free", warm_start=warm_start)
 
     def init(params):
@@ -80,7 +79,7 @@ def hessian_free(
             damping=scalar_like(damping, params),
             ratio=scalar_like(1.0, params),
             iterations=jnp.zeros((), jnp.int32),
-            direction=_wide(jax.tree.map(jnp.zeros_like, params)),
+            direction=_wide(jax.tree.map(jnp.zeros_like, params), params),
         )
 
     def update(updates, state, params=None, *, objective=None, value=None, **extra):
@@ -96,10 +95,10 @@ def hessian_free(
             return problem.value(optax.apply_updates(params, change)).astype(state.ratio.dtype)
 
         def multiply(v):
-            return optax.tree.add_scale(_wide(operator.matvec(v)), state.damping, v)
+            return optax.tree.add_scale(_wide(operator.matvec(v), params), state.damping, v)
 
         start = optax.tree.scale(warm_start, state.direction)
-        gradient = _wide(updates)
+        gradient = _wide(updates, params)
         search = conjugate_gradients(multiply, gradient, start, max_iterations)
         change, place = _best_iterate(search, loss)
         change, after = _shortened(change, loss, value, gradient)
@@ -118,9 +117,10 @@ def hessian_free(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _wide(tree):
-    """The tree in single precision at least: sums of many small numbers are all there is to it."""
-    return jax.tree.map(wide, tree)
+def _wide(tree, params):
+    """The tree in one precision, single at least: sums of many small numbers are all there is."""
+    dtype = scalar_like(0.0, params).dtype
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 class Search(NamedTuple):

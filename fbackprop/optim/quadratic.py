@@ -101,10 +101,15 @@ def _packed(tree) -> list:
 
 
 def _solved(matrix, slope):
-    """The solution of two equations, scaled to a unit diagonal; 0 for a row of zeros."""
+    """The solution of two equations, scaled to a unit diagonal; 0 for a row of zeros.
+
+    A little is added to that diagonal: of equations that say the same, which two parallel
+    directions make, the solution is then the least one, where it would be of rounding errors alone.
+    """
     scale = jnp.sqrt(jnp.diagonal(matrix))
     scale = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
     s, t = scale * slope
     across = matrix[0, 1] * scale[0] * scale[1]
-    rest = jnp.maximum(1 - across**2, 10 * jnp.finfo(matrix.dtype).eps)
-    return scale * jnp.stack([s - across * t, t - across * s]) / rest
+    more = 100 * jnp.finfo(matrix.dtype).eps
+    rest = jnp.maximum(1 - across**2, 0) + more * (2 + more)
+    return scale * jnp.stack([s - across * t + more * s, t - across * s + more * t]) / rest

@@ -72,6 +72,8 @@ class ClippedGradient(Quantity):
     per_leaf: bool = False
 
     def __post_init__(self):
+        if isinstance(self.max_norm, str | None) or jnp.shape(self.max_norm) != ():
+            raise TypeError(f"max_norm={self.max_norm!r}: a norm to clip to must be a number")
         known = value_of(self.max_norm)
         if known is not None and not known > 0:
             raise ValueError(f"max_norm={self.max_norm}: a norm to clip to must be positive")

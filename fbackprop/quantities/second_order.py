@@ -103,7 +103,8 @@ class HessianDiagonal(_Diagonal):
     There it is the Gauss-Newton diagonal, negative curvature of the loss included: ReLU and leaky
     networks, max pooling, bias and scale. It is not for models in which a parameter passes through
     a curved function (tanh, softmax, normalisation) or meets itself again (recurrence, attention,
-    weights used in two layers): `extract` refuses them and names the line.
+    weights used in two layers): `extract` refuses them and names the line. A function with a rule
+    of its own (`jax.custom_jvp`, `jax.custom_vjp`) has the derivatives that its rule says.
 
     Attributes:
       per_example: whether to return each example's own diagonal, leaves (N, *leaf).

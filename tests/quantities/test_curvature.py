@@ -284,6 +284,63 @@ def test_what_is_flat_has_no_curvature():
     assert_close(found, jnp.mean(case.batch[0] ** 2, axis=0)[:, None] * jnp.ones((1, 3)))
 
 
+straight_through = jax.custom_jvp(jnp.sign)
+straight_through.defjvp(lambda x, t: (straight_through(x[0]), t[0]))
+
+
+@jax.custom_vjp
+def clipped(x):
+    return jnp.clip(x, -1, 1)
+
+
+clipped.defvjp(
+    lambda x: (jnp.clip(x, -1, 1), x), lambda x, ct: (jnp.where(jnp.abs(x) < 1, ct, 0.0),)
+)
+
+
+@jax.custom_vjp
+def sine(x):
+    return jnp.sin(x)
+
+
+sine.defvjp(lambda x: (jnp.sin(x), jnp.cos(x)), lambda slope, ct: (slope * ct,))
+
+
+@pytest.mark.parametrize(
+    ("primitive", "model"),
+    [
+        (None, lambda w, x: x * straight_through(w)),
+        (None, lambda w, x: clipped(x * w) + jax.nn.relu6(x * w) + jnp.abs(w)),
+        (None, lambda w, x: x * jnp.fft.rfft(w).real[0]),
+        ("mul", lambda w, x: x * straight_through(w) * w),
+        ("mul", lambda w, x: x * jnp.mean(jnp.abs(w)) * straight_through(w)),
+        ("custom_vjp_call", lambda w, x: sine(x * w)),
+        ("abs", lambda w, x: x * jnp.abs(w[0] + 1j * w[1])),
+        ("sign", lambda w, x: x * jnp.sign(jnp.fft.fft(w)).real),
+    ],
+)
+def test_functions_count_for_what_their_rules_say(primitive, model):
+    """And moduli of complex numbers are curved."""
+    batch = (normal(1, 4, 3), normal(2, 4, 3))
+    case = zoo.Case(model, fb.losses.squared_error, jnp.array([0.5, -1.0, 2.0]), batch)
+    if primitive is None:
+        found = swept(case, h=fb.HessianDiagonal())["h"]
+        assert_close(found, naive.hessian_diagonal(case))
+    else:
+        with pytest.raises(ValueError, match=f"'{primitive}' at .*py:"):
+            swept(case, h=fb.HessianDiagonal())
+
+
+def test_a_loss_is_separable_by_its_rules():
+    """A `custom_jvp` function's curvature is that of its rule, whatever its body looks like."""
+    mixing = jax.custom_jvp(lambda z: z * 1.0)
+    mixing.defjvp(lambda z, t: (mixing(z[0]), t[0] * jnp.sum(z[0])))
+    case = zoo.Case(
+        lambda w, x: w * x, lambda z, y: jnp.sum(mixing(z)), jnp.ones(3), (jnp.ones((2, 3)),) * 2
+    )
+    assert_close(swept(case, h=fb.GGNBlock())["h"], jnp.ones((3, 3)))
+
+
 @pytest.mark.slow
 def test_a_concave_loss_has_a_negative_diagonal():
     case = zoo.Case(
@@ -444,6 +501,30 @@ def test_lookups_in_branches():
     )
     assert_close(found["k"]["table"][0].a, jnp.array([[0, 0, 0.5, 0]]))
     assert not np.any(found["e"]["table"][2:])
+
+
+LOOKUPS = {
+    "slice": lambda table, i: jax.lax.dynamic_index_in_dim(table, i, keepdims=False),
+    "clip": lambda table, i: table.at[i].get(mode="clip", wrap_negative_indices=False),
+    "fill": lambda table, i: table.at[i].get(
+        mode="fill", fill_value=0, wrap_negative_indices=False
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("index", "rows"), [(np.uint8(255), 256), (np.int8(-128), 100), (np.uint32(2**32 - 1), 100)]
+)
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_lookups_in_branches_by_the_extremes_of_their_dtypes(name, index, rows):
+    def model(p, x):
+        return jax.lax.cond(x["taken"], LOOKUPS[name], lambda table, i: table[1], p, x["i"])
+
+    batch = {"i": jnp.full(2, index), "taken": jnp.array([True, False])}, jnp.zeros((2, 2))
+    case = zoo.Case(model, fb.losses.squared_error, normal(0, rows, 2), batch)
+    found = swept(case, each=fb.ExampleGradients(), norms=fb.ExampleNorms())
+    assert_close(found["each"], naive.example_gradients(case))
+    assert_close(found["norms"], jnp.sum(naive.example_gradients(case) ** 2, axis=(1, 2)))
 
 
 @pytest.mark.parametrize("vectors", ["block", "diagonal"])

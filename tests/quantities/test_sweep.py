@@ -327,6 +327,65 @@ W, X, Y = np.ones((2, 3)), np.ones((4, 3)), np.ones((4, 2))
 SQUARED = fb.losses.squared_error
 
 
+class Own(fb.Quantity):
+    """A user's, of whatever columns."""
+
+    over = "examples"
+
+    def __init__(self, columns=None, over="examples", extract=lambda gradients: gradients.norms()):
+        self.made, self.over, self.extract = columns, over, extract
+
+    @property
+    def columns(self):
+        return self.made or super().columns
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (jnp.ones((2, 2)), "pair (columns, signs)"),
+        ((jnp.ones((2, 1)), None), "but are [(2, 1)]"),
+        ((jnp.ones(2), None), "like the prediction, [(2,)]"),
+        (([jnp.ones((1, 2))] * 2, None), "but are [(1, 2), (1, 2)]"),
+        (([], None), "but are []"),
+        ((jnp.ones((3, 2)), jnp.ones(2)), "signs of 3 columns must have shape (3,)"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(columns, words):
+    run = fb.sweep(linear, SQUARED, own=Own(lambda example: columns))
+    error = ValueError if isinstance(columns, tuple) else TypeError
+    assert words in _raised(run, W, (X, Y), error=error)
+
+
+def test_columns_of_ones_own():
+    """They take the prediction's dtype, and their signs."""
+    run = fb.sweep(
+        linear, SQUARED, own=Own(lambda example: (jnp.eye(2, dtype=int), jnp.array([1.0, -1.0])))
+    )
+    np.testing.assert_allclose(run(W, (X, Y))["own"], 3 * np.ones((4, 2)))
+
+
+def test_results_without_an_axis_of_examples_are_refused():
+    run = fb.sweep(linear, SQUARED, own=Own(extract=lambda gradients: gradients.norms()[0]))
+    assert "own: a quantity over" in _raised(run, W, (X, Y))
+
+
+def test_keys_are_checked():
+    run = fb.sweep(linear, SQUARED, draws=fb.GGNDiagonal(1))
+    for key in (0, jax.random.split(jax.random.key(0)), np.ones(2)):
+        assert "pass one key" in _raised(run, W, (X, Y), key=key, error=TypeError)
+    run(W, (X, Y), key=jax.random.PRNGKey(0))
+
+
+def test_no_columns_and_no_predictions():
+    def one_class(w, x):
+        return jnp.tanh(w) @ x
+
+    labels = np.zeros(4, int)
+    run = fb.sweep(one_class, fb.losses.softmax_cross_entropy, q=fb.Gram(weighted=True))
+    assert run(W[:1], (X, labels))["q"].shape == (4, 0, 4, 0)
+
+
 @pytest.mark.parametrize(
     ("build", "error", "words"),
     [
@@ -346,6 +405,10 @@ SQUARED = fb.losses.squared_error
         (lambda: fb.GGNDiagonal(True), ValueError, "samples=True"),
         (lambda: fb.sweep(linear, SQUARED, chunk=True), ValueError, "chunk=True"),
         (lambda: fb.ClippedGradient(np.float32(-1)), ValueError, "max_norm=-1"),
+        (lambda: fb.ClippedGradient(None), TypeError, "max_norm=None"),
+        (lambda: fb.ClippedGradient("1"), TypeError, "max_norm='1'"),
+        (lambda: fb.ClippedGradient(np.ones(2)), TypeError, "number"),
+        (lambda: fb.sweep(linear, SQUARED, q=Own(over="batch")), ValueError, "q: over='batch'"),
         (lambda: fb.Kronecker(1, label="data"), ValueError, "label='data'"),
         (lambda: fb.FisherDiagonal(label="data"), ValueError, "label='data'"),
     ],
@@ -395,6 +458,8 @@ def test_wrong_parameters_are_refused():
 def test_a_loss_must_be_a_scalar():
     run = fb.sweep(linear, lambda z, y: (z - y) ** 2, gradient=fb.Gradient())
     assert "(2,)" in _raised(run, W, (X, Y))
+    run = fb.sweep(linear, lambda z, y: jnp.sum(z > y), gradient=fb.Gradient())
+    assert "return a floating-point number" in _raised(run, W, (X, Y))
 
 
 def test_predictions_without_derivatives_are_refused():
