@@ -218,6 +218,45 @@ def test_integers_have_no_curvature():
 
 
 @pytest.mark.slow
+def test_the_hessian_and_traces_of_integers():
+    params = {"n": jnp.array([2]), "w": jnp.sin(jnp.arange(3.0))}
+    x = jnp.cos(jnp.arange(12.0)).reshape(4, 3)
+
+    def model(p, x):
+        return p["n"] * jnp.tanh(p["w"] @ x)
+
+    problem = model, fb.losses.squared_error, params, (x, x[:, :1])
+    for operator in (fb.Hessian(*problem), fb.GaussNewton(*problem)):
+        matrix = operator.dense()
+        assert operator.matvec(params)["n"].dtype == params["n"].dtype
+        np.testing.assert_allclose(matrix[0], 0)
+        np.testing.assert_allclose(operator.trace(), jnp.trace(matrix))
+        np.testing.assert_allclose(operator.trace(jax.random.key(0)), jnp.trace(matrix))
+    expected = jax.hessian(lambda w: fb.Objective(*problem).value(params | {"w": w}))(params["w"])
+    np.testing.assert_allclose(fb.Hessian(*problem).dense()[1:, 1:], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.1, 10.0])
+def test_the_dual_solution_without_curvature(damping):
+    x = jnp.sin(jnp.arange(10.0)).reshape(2, 5)
+    rows = rows_of(jnp.dot, lambda z, y: jnp.abs(z - y), jnp.zeros(5), (x, jnp.ones(2)))
+    np.testing.assert_allclose(rows.solve(x[0], damping), x[0] / damping)
+    np.testing.assert_allclose(rows.primal().solve(x[0], damping), x[0] / damping)
+
+
+def test_images_have_the_dtypes_of_what_they_are_of():
+    """Factors of data in double precision have it, too."""
+    w, x = jnp.ones((3, 2), jnp.float32), jnp.sin(jnp.arange(12.0)).reshape(4, 3)
+    found = fb.Objective(lambda w, x: x @ w, fb.losses.squared_error, w, (x, x[:, :2])).sweep(
+        k=fb.Kronecker(), b=fb.GGNBlock()
+    )
+    factors, blocks = fb.KroneckerFactors(found["k"]), fb.BlockDiagonal(found["b"], fb.Space.of(w))
+    for operator in (factors, factors.eigen(), blocks):
+        assert operator.matvec(w).dtype == operator.solve(w, 0.1).dtype == w.dtype
+    assert (factors + factors.inverse(0.1)).matvec(w).dtype == w.dtype
+
+
+@pytest.mark.slow
 def test_leaves_without_elements():
     params = {"w": jnp.ones((3, 2)), "e": jnp.zeros((0, 2))}
     x = jnp.sin(jnp.arange(12.0)).reshape(4, 3)

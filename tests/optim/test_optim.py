@@ -466,6 +466,23 @@ def test_leaves_without_elements_and_of_integers(name):
         assert found[key].dtype == leaf.dtype and jnp.array_equal(found[key], leaf)
 
 
+@pytest.mark.slow
+@MEMBERS
+def test_leaves_of_integers_and_of_two_precisions(name):
+    """In double precision what is computed of integers must be, too."""
+    optimizer = FAMILY[name]()
+    with jax.enable_x64(True):
+        batch = jax.tree.map(lambda x: x.astype(float), examples())
+        params = {"w": jnp.ones((3, 2)), "n": jnp.array([2]), "b": jnp.zeros(2, jnp.float32)}
+        step = fb.optim.step(
+            lambda p, x: p["n"] * (x @ p["w"] + p["b"]), fb.losses.squared_error, optimizer
+        )
+        found, state, before = step(params, optimizer.init(params), batch)
+        found, _, after = step(found, state, batch)
+    assert after["loss"] < before["loss"] and step.compilations == 1
+    assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(params)]
+
+
 @pytest.mark.parametrize("name", ["kfac", "ekfac"])
 def test_data_of_double_precision_for_parameters_of_single(name):
     with jax.enable_x64(True):
@@ -579,6 +596,12 @@ def test_states_may_be_donated(name):
         (lambda: fb.optim.hessian_free(warm_start=1.5), ValueError, "warm_start=1.5"),
         (lambda: fb.optim.diagonal_gauss_newton(momentum=jnp.nan), ValueError, "momentum=nan"),
         (lambda: fb.optim.kfac(decay=2.0), ValueError, "decay=2.0"),
+        (lambda: fb.optim.kfac(every=2.5), ValueError, "every=2.5 must be a whole number"),
+        (lambda: fb.optim.hessian_free(max_iterations=0.5), ValueError, "max_iterations=0.5"),
+        (lambda: fb.optim.kfac(jnp.inf), ValueError, "learning_rate=inf"),
+        (lambda: fb.optim.gauss_newton(None), TypeError, "learning_rate=None"),
+        (lambda: fb.optim.diagonal_gauss_newton(np.nan), ValueError, "learning_rate=nan"),
+        (lambda: fb.optim.kfac().init({"k": jax.random.key(0)}), TypeError, "'k'.*numbers"),
         (lambda: fb.optim.kfac(curvature=fb.GGNDiagonal()), TypeError, "fb.Kronecker"),
         (lambda: fb.optim.gauss_newton(curvature=fb.Kronecker()), TypeError, "fb.GGNRows"),
         (lambda: fb.optim.diagonal_gauss_newton(curvature=fb.Gram()), TypeError, "fb.GGNDiagonal"),
