@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from fbackprop.program import is_inexact, type_of
+from fbackprop.program import Program, Var, bodies, inlined, is_inexact, trace_tree, type_of
 from fbackprop.reverse import vjp
 
 
@@ -40,7 +40,8 @@ class GradientRow:
       max_abs_error, max_rel_error: against `jax.grad`; the relative error is the absolute one over
         the largest magnitude of the leaf's gradient. Infinite where NaNs or infinities differ.
       fd_abs_error, fd_rel_error: likewise against central differences in float64; NaN where the
-        function cannot be evaluated in float64.
+        function cannot be evaluated in float64, has another value there, as with random numbers of
+        the default dtype, or computes in less, as after a cast to float32.
       ok: whether both are within tolerance.
     """
 
@@ -124,9 +125,10 @@ def check_grads(f: Callable, *args, samples: int = 16, seed: int = 0) -> Gradien
         return loss
 
     rng = np.random.default_rng(seed)
+    compiled, outs = _tried(f, args)
     shapes = [
         out.shape
-        for out in jax.tree.leaves(jax.eval_shape(f, *args))
+        for out in map(type_of, jax.tree.leaves(outs))
         if jax.dtypes.issubdtype(out.dtype, np.inexact)
     ]
     vector = [rng.standard_normal(shape) if shape else np.ones(()) for shape in shapes]
@@ -138,9 +140,9 @@ def check_grads(f: Callable, *args, samples: int = 16, seed: int = 0) -> Gradien
         return pullback(jnp.ones_like(value))[0]
 
     with jax.default_matmul_precision("highest"):  # accelerators' default is coarser than float32
-        ours = jax.jit(ours_of)(at)
-        theirs = jax.jit(jax.grad(loss))(at)
-    differences = _central_differences(loss, at, samples, rng)
+        ours = compiled(ours_of)(at)
+        theirs = compiled(jax.grad(loss))(at)
+    differences = _central_differences(loss, at, samples, rng, compiled)
     rows = []
     for i, x, a, b, diff in zip(moving, at, ours, theirs, differences, strict=True):
         name = str(x.dtype)
@@ -184,21 +186,55 @@ def _errors(ours, theirs, whole=None) -> tuple[float, float]:
     return float(gap.max()), float(gap.max() / largest)
 
 
-def _central_differences(loss, at, samples, rng):
-    """For each leaf, some coordinates and the slopes of `loss` along them, in float64."""
+def _tried(f: Callable, args):
+    """How to compile functions of `f`, and what it returns; what looks at values runs as it is."""
+    try:
+        return jax.jit, jax.eval_shape(f, *args)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+        return lambda function: function, f(*args)
+
+
+def _central_differences(loss, at, samples, rng, compiled):
+    """For each leaf, some coordinates and the slopes of `loss` along them, in float64.
+
+    They are NaN where the function is another one there, or computes in less.
+    """
     chosen = [np.sort(rng.choice(x.size, size=min(samples, x.size), replace=False)) for x in at]
+    unknown = [(w, np.full(w.shape, np.nan)) for w in chosen]
+    value = float(loss(at))
     with jax.enable_x64(True):
         wide = [np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64) for x in at]
         try:
-            evaluate = jax.jit(loss)
-            evaluate(wide)
+            evaluate = compiled(loss)
+            found = float(evaluate(wide))
+            narrow = compiled is jax.jit and _computes_in_less(trace_tree(loss, wide)[0])
         except (TypeError, ValueError):  # the function insists on a narrower dtype
-            return [(w, np.full(w.shape, np.nan)) for w in chosen]
+            return unknown
+        # Random numbers, say, are others where their dtype is that of the arguments.
+        loose = max(tolerances(x.dtype)[1] for x in at)
+        if narrow or abs(found - value) > loose * max(abs(found), abs(value)):
+            return unknown
         results = []
         for k, where in enumerate(chosen):
             slopes = [_slope(evaluate, wide, k, i) for i in where]
             results.append((where, np.array(slopes, dtype=wide[k].dtype)))
     return results
+
+
+def _computes_in_less(program: Program) -> bool:
+    """Whether anything that depends on the inputs is of less than double precision."""
+    program = inlined(program)
+    known = {v for v in program.inputs if is_inexact(v.aval)}
+    for eqn in program.equations:
+        if known.isdisjoint(v for v in eqn.inputs if isinstance(v, Var)):
+            continue
+        outs = [v for v in eqn.outputs if is_inexact(v.aval)]
+        if any(jnp.finfo(v.aval.dtype).bits < 64 for v in outs):
+            return True
+        if any(map(_computes_in_less, bodies(eqn))):
+            return True
+        known.update(outs)
+    return False
 
 
 def _slope(evaluate, at, k, i):

@@ -25,7 +25,17 @@ from fbackprop.program import (
     zeros,
 )
 from fbackprop.split import spread
-from fbackprop.table import NAMES, STATIC, Rule, Rules, ZeroRule, filled, fit, named_values
+from fbackprop.table import (
+    NAMES,
+    OPERANDS,
+    STATIC,
+    Rule,
+    Rules,
+    ZeroRule,
+    filled,
+    fit,
+    named_values,
+)
 
 OWN_NAMES = frozenset({"default", "active", "weights", "twins"})
 
@@ -69,7 +79,12 @@ def named_by(rule: Callable, what: str) -> tuple[str, ...]:
             f"the rule for {what} is {rule!r}: give a function of the cotangent `ct` and of what "
             "it reads of the equation, or None to stop the cotangent there"
         )
-    parameters = inspect.signature(rule).parameters.values()
+    try:
+        parameters = inspect.signature(rule).parameters.values()
+    except ValueError:  # some built-in functions have none
+        raise TypeError(
+            f"the rule for {what} is {rule!r}, whose parameters have no names"
+        ) from None
     names = tuple(p.name for p in parameters if p.default is p.empty)
     unknown = set(names) - NAMES - OWN_NAMES
     if unknown or any(p.kind is p.VAR_POSITIONAL for p in parameters):
@@ -127,8 +142,19 @@ class Override(Rule):
             outs, kept = default.forward(rules, original, wanted, operands)
         else:
             outs, kept = original.bind(*operands), ()
-        named = named_values(original, operands, outs)
-        return outs, (kept, [named[name] for name in self.kept_names], list(extra))
+        return outs, (kept, self._read(original, operands, outs), list(extra))
+
+    def _read(self, eqn: Equation, operands: Sequence, outs: Sequence) -> list:
+        """What the rule names of the forward pass."""
+        named = named_values(eqn, operands, outs)
+        for name in self.kept_names:
+            if name not in named:
+                raise TypeError(
+                    f"the rule of '{eqn.label}' reads the operand '{name}', but the equation has "
+                    f"{eqn.arity} (called at {eqn.source}): they are {', '.join(OPERANDS)}, in "
+                    "this order"
+                )
+        return [named[name] for name in self.kept_names]
 
     def pullback(self, rules, eqn, active, kept, cts):
         original = eqn.original
@@ -204,7 +230,14 @@ class _Call(NamedTuple):
           ct: the cotangent of the result, or the tuple of them for several results.
           operands: where to pull back; by default the equation's own operands.
         """
-        cts = ct if isinstance(ct, tuple | list) else (ct,)
+        eqn, cts = self.eqn, ct if isinstance(ct, tuple | list) else (ct,)
+        if operands is not None:
+            said = len(operands) if isinstance(operands, tuple | list) else "an array"
+            if said != eqn.arity:
+                raise TypeError(
+                    f"the rule of '{eqn.label}' gave default {said} as operands (called at "
+                    f"{eqn.source}): it takes a tuple of all {eqn.arity}"
+                )
         found = self.default(cts, operands)[: self.eqn.arity]
         return found[0] if self.eqn.arity == 1 else tuple(found)
 
@@ -232,8 +265,8 @@ def _left_to_default(eqn: Changed, override: Override, active) -> tuple[bool, ..
         )
         cts = spread(moving, tuple(map(is_inexact, original.out_avals)))
         default = functools.partial(_zeros_of, original, active)
-        named = named_values(original, operands, outs)
-        known = {name: named[name] for name in override.kept_names}
+        read = override._read(original, operands, outs)
+        known = dict(zip(override.kept_names, read, strict=True))
         found = _Call(override, original, active[:n], Rules(), default)(known, rest, cts)
         answer = tuple(x is ... for x in found)
         return []

@@ -142,8 +142,9 @@ class _Network:
         """The nodes on the sink's side of the minimum cut that is nearest to the sink."""
         if source in self.capacity and sink in self.capacity:
             while level := self._levels(source, sink):
-                edges = {a: iter(list(out)) for a, out in self.capacity.items()}
-                while self._augment(source, sink, level, edges):
+                edges = {a: list(out) for a, out in self.capacity.items()}
+                tried = dict.fromkeys(edges, 0)
+                while self._augment(source, sink, level, edges, tried):
                     pass
         reach, queue = {sink}, deque([sink])
         while queue:
@@ -164,23 +165,28 @@ class _Network:
                     queue.append(b)
         return level if sink in level else None
 
-    def _augment(self, source, sink, level, edges) -> bool:
-        """Push flow along one shortest path, found depth first without recursion."""
+    def _augment(self, source, sink, level, edges, tried) -> bool:
+        """Push flow along one shortest path, found depth first without recursion.
+
+        Of each node the first edges, as many as it has `tried`, lead nowhere any more.
+        """
         path = [source]
         while path[-1] != sink:
             a = path[-1]
-            for b in edges[a]:
+            while tried[a] < len(edges[a]):
+                b = edges[a][tried[a]]
                 if self.capacity[a][b] > 0 and level.get(b) == level[a] + 1:
                     path.append(b)
                     break
+                tried[a] += 1
             else:
                 path.pop()
                 if not path:
                     return False
+                tried[path[-1]] += 1
         hops = list(zip(path, path[1:], strict=False))
         flow = min(self.capacity[a][b] for a, b in hops)
         for a, b in hops:
             self.capacity[a][b] -= flow
             self.capacity[b][a] += flow
-            edges[a] = iter(list(self.capacity[a]))  # the last edge may have more to give
         return True

@@ -301,12 +301,13 @@ def error_signals(
       For each name an array of the value's shape. Loops put an axis of their iterations in front;
       a name that occurs R times, as in an unrolled loop, has an axis of length R before those, in
       order of execution. A value from which nothing flows to the output, or in a branch not taken,
-      has a signal of zeros.
+      has a signal of zeros. Where `f` itself maps over examples by `vmap`, their axis is where JAX
+      has put it in the value: map over `error_signals`, or `record`, instead.
 
     Raises:
       TypeError: if `f` is not a function, or does not take or return arrays.
-      ValueError: if values of different shapes share a name, or if the cotangent is not like the
-        output.
+      ValueError: if values of different shapes, or in different loops, share a name, or if the
+        cotangent is not like the output.
       MissingRule: with `strict`, for a primitive without a rule.
 
     Example:
@@ -434,9 +435,8 @@ def _stacked(name: str, uses: list[tuple[Step, int]], read: Callable) -> jax.Arr
     step, depth = uses[0]
     shapes = list(dict.fromkeys(x.shape for x in arrays))
     if len(shapes) > 1 or len({(step.shapes[0], depth) for step, depth in uses}) > 1:
-        said = (
-            f"of shapes {', '.join(map(str, shapes))}" if len(shapes) > 1 else "in and out of loops"
-        )
+        within = {step.shapes[0] for step, _ in uses}
+        said = f"of shapes {', '.join(map(str, shapes))}" if len(within) > 1 else "in other loops"
         raise ValueError(
             f"values {said} share the name '{name}': name them apart, so that each has its error "
             "signal"

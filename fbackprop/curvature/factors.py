@@ -301,7 +301,8 @@ def _inverse(block: KroneckerBlock, a: _Factor, b: _Factor, damping) -> Kronecke
     damping = jnp.broadcast_to(jnp.asarray(damping, b.x.dtype), len(b.x))
     if a.size == 1:  # a number, and the damping is all the other's
         b = b.scaled(a.mean)
-        return dataclasses.replace(block, a=jnp.ones_like(b.x[:, :1, 0]), b=b.inverse(damping))
+        one = jnp.ones((len(b.x), 1), b.x.dtype)
+        return dataclasses.replace(block, a=one, b=b.inverse(damping))
     if b.size == 1:
         a = a.scaled(b.mean)
         return dataclasses.replace(block, a=a.inverse(damping), b=jnp.ones_like(b.x))

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from jax import lax
 
-from fbackprop.program import zeros
+from fbackprop.program import program_of, zeros
 from fbackprop.table import joint, row
 
 # --- dynamic slices -----------------------------------------------------------------------------
@@ -90,7 +90,19 @@ def _written(y, eqn):
     return _write(blank, y, numbers, eqn, lax.scatter), numbers
 
 
+def _refuse_functions(eqn) -> None:
+    """Of ``x.at[i].apply(f)``, which is a scatter by name and sets no updates."""
+    combine = eqn.params["update_jaxpr"]
+    program = None if combine is None else program_of(combine)
+    if program is not None and program.outputs != program.inputs[1:]:
+        raise NotImplementedError(
+            f"x.at[i].apply(f) has no derivative (called at {eqn.source}): write "
+            "x.at[i].set(f(x[i]))"
+        )
+
+
 def _scatter_operand(ct, y, eqn):
+    _refuse_functions(eqn)
     winners, _ = _written(y, eqn)
     return lax.select(lax.eq(winners, lax.full_like(winners, 0)), ct, lax.full_like(ct, 0))
 
