@@ -109,7 +109,7 @@ class Settings:
     seed: int = 0
     """Of the split, the parameters, the order of training and the test images."""
     out: Path = Path("runs/attribution")
-    """Where the files go."""
+    """Where the files go; those of an earlier run are replaced."""
 
 
 def validate(settings: Settings) -> None:

@@ -50,7 +50,7 @@ class Settings:
     compilations: int = 3
     """Pairs of compilations that are timed, no more than of traces."""
     out: Path = Path("runs/benchmark")
-    """Where the table (JSON) and the figure (PNG) go."""
+    """Where the table (JSON) and the figure (PNG) go; those of an earlier run are replaced."""
 
 
 MEASURES = {

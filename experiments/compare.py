@@ -121,6 +121,8 @@ def validate(settings: Settings) -> None:
                 raise UsageError(f"--{name.replace('_', '-')} must be greater than 0 and finite")
     if settings.passes is not None and settings.steps is not None:
         raise UsageError("--passes and --steps say the same in two ways; leave one out")
+    if settings.target is not None and not abs(settings.target) < float("inf"):
+        raise UsageError("--target must be finite")
     if settings.seed < 0:
         raise UsageError("--seed must be at least 0")
     if not settings.optimizers or len(set(settings.optimizers)) < len(settings.optimizers):

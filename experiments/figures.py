@@ -61,11 +61,15 @@ def search(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def _logarithmic(panel) -> None:
-    """A logarithmic axis of x; what it labels between powers of ten, on short ranges, is short."""
+    """A logarithmic axis of x; between powers of ten short ranges have labels at 2 and 5."""
     from matplotlib.ticker import LogFormatter
 
+    class Sparse(LogFormatter):
+        def __call__(self, x, pos=None):
+            return super().__call__(x, pos) if f"{x:e}"[0] in "25" else ""
+
     panel.set_xscale("log")
-    panel.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    panel.xaxis.set_minor_formatter(Sparse(minor_thresholds=(1, 0.4)))
 
 
 @contextmanager

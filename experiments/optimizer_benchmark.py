@@ -54,7 +54,7 @@ class Settings:
     autoencoder: tuple[int, ...] = WIDTHS
     """Widths of the encoder."""
     out: Path = Path("runs/optimizers")
-    """Where the figures (JSON) go."""
+    """Where the figures (JSON) go; those of an earlier run are replaced."""
 
 
 def steps(settings: Settings, show: Callable) -> dict[str, dict[str, float]]:

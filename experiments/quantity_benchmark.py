@@ -63,7 +63,7 @@ class Settings:
     torch: Path | None = None
     """A Python interpreter that has PyTorch with BackPACK or Opacus; by default this one."""
     out: Path = Path("runs/quantities")
-    """Where the tables (JSON, Markdown) and the figure (PNG) go."""
+    """Where tables (JSON, Markdown) and figure (PNG) go; those of an earlier run are replaced."""
 
 
 # --- measuring ------------------------------------------------------------------------------------

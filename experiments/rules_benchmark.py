@@ -41,7 +41,7 @@ class Settings:
     traces: int = 5
     """Pairs of traces, each from empty caches, that are timed."""
     out: Path = Path("runs/benchmark-rules")
-    """Where the table (JSON) goes."""
+    """Where the table (JSON) goes; those of an earlier run are replaced."""
 
 
 def _unchanged(ct, default):

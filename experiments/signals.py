@@ -195,7 +195,7 @@ class Settings:
     decades: float = 1.0
     """Signals that all layers together change by no more than this are called stable."""
     out: Path = Path("runs/signals")
-    """Where the files go."""
+    """Where the files go; those of an earlier run are replaced."""
 
 
 def validate(settings: Settings) -> None:
@@ -414,7 +414,8 @@ def plot(path: Path, found: Sequence[Distribution]) -> None:
             panel.set_xlabel("layer")
         legends = (panel.get_legend_handles_labels() for panel in panels.flat)
         handles, labels = max(legends, key=lambda legend: len(legend[1]))
-        figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
+        ncols = 5 if len(columns) > 2 else 2
+        figure.legend(handles, labels, loc="outside upper center", ncols=ncols, frameon=False)
         figure.savefig(path, dpi=150)
         plt.close(figure)
 

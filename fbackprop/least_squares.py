@@ -28,9 +28,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
+from fbackprop.columns import is_count
+from fbackprop.program import value_of
 from fbackprop.reverse import vjp
 
 
@@ -77,7 +78,8 @@ def least_squares(
     model may be undefined in places.
 
     Works under ``jit`` and ``vmap``; a batch of fits runs until its slowest is done, and a finished
-    one stays as it is. Under ``jit`` the whole fit is compiled once, without it at every call.
+    one stays as it is. Under ``jit`` the whole fit is compiled once, without it at every call. The
+    result is not differentiable: differentiate the condition that it meets, Jᵀ r = 0.
 
     Args:
         residual: ``residual(params, *args)``, any pytree of real arrays, M numbers in all. M may be
@@ -97,8 +99,8 @@ def least_squares(
         and in float32 otherwise.
 
     Raises:
-        ValueError: parameters or residuals are empty or not real floating point, or ``max_steps``
-            is less than 1.
+        ValueError: parameters or residuals are empty or not real floating point, ``max_steps`` is
+            no whole number from 1 up, or a tolerance is below zero.
 
     Example:
         >>> import jax.numpy as jnp
@@ -117,8 +119,7 @@ def least_squares(
         region is no larger than ‖D x‖, where MINPACK takes 100‖D x‖ and overshoots onto plateaus;
         and the tests above, which the rounding error of a nearly perfect fit cannot hold up.
     """
-    if max_steps < 1:
-        raise ValueError(f"least_squares: max_steps is {max_steps}; allow at least one step")
+    _check_settings(max_steps, rtol, atol)
     _check_real("params", params)
     start, unravel = ravel_pytree(params)
     initial = residual(params, *args)
@@ -130,9 +131,14 @@ def least_squares(
     if rtol is None:
         rtol = max(float(jnp.finfo(x.dtype).eps) for x in (start, flat)) ** 0.5
 
+    # In units in which the first residuals are about one, or their squares might underflow. A power
+    # of two rounds nothing.
+    unit = _power_of_two(jnp.max(jnp.abs(flat.astype(dtype))))
+    atol = atol / unit / unit
+
     def residuals(point: jax.Array) -> jax.Array:
         tree = residual(unravel(point.astype(start.dtype)), *args)
-        return ravel_pytree(tree)[0].astype(dtype)
+        return ravel_pytree(tree)[0].astype(dtype) / unit
 
     def evaluate(point: jax.Array) -> tuple[jax.Array, Callable[[], _Model]]:
         """The residuals at a point, and the linear model there for whoever wants to pay for it."""
@@ -186,9 +192,7 @@ def least_squares(
         optimal = (predicted <= rtol**2 * fit.cost + atol) & (
             jnp.abs(actual) <= rtol * fit.cost + atol
         )
-        # The damping of a singular problem's shortest step is not the trust region's doing.
-        free = (damping == 0) | (length < 0.9 * radius)
-        negligible = free & (length <= rtol * size) & ~hopeless
+        negligible = (damping == 0) & (length <= rtol * size) & ~hopeless
 
         verdict = fit._replace(
             radius=next_radius,
@@ -231,8 +235,8 @@ def least_squares(
     fit = lax.while_loop(unfinished, advance, fit)
     return LeastSquaresResult(
         params=unravel(fit.point.astype(start.dtype)),
-        residual=unravel_residual(fit.residual.astype(flat.dtype)),
-        cost=fit.cost,
+        residual=unravel_residual((fit.residual * unit).astype(flat.dtype)),
+        cost=fit.cost * unit * unit,
         steps=fit.steps,
         converged=fit.converged,
     )
@@ -271,7 +275,7 @@ def _factorise(jacobian: jax.Array, residual: jax.Array) -> _Model:
 class _Search(NamedTuple):
     """State of the search for the damping."""
 
-    step: jax.Array  # D p for the damping last tried, (P,)
+    step: jax.Array  # D p for the damping last tried, along right singular vectors, (P,)
     length: jax.Array  # ‖D p‖, ()
     damping: jax.Array  # which that was, ()
     candidate: jax.Array  # which to try next, ()
@@ -288,7 +292,9 @@ def _trust_region_step(
 
     Its damping is the root of the secular equation φ(λ) = ‖z(λ)‖ − Δ, found by Newton's iteration
     on a function that is nearly linear in λ, 1/‖z(λ)‖, safeguarded by bounds: Moré (1978), sec. 5
-    (algorithm 5.5). The first trial is the Gauss–Newton step, and two or three are usual.
+    (algorithm 5.5), but by singular values, of which those that are rounding errors count as zero:
+    along null directions a step has no length. The first trial is the Gauss–Newton step, of many
+    the shortest, and two or three are usual.
 
     Args:
         triangle: R D⁻¹, (P, P); may be singular.
@@ -299,22 +305,19 @@ def _trust_region_step(
     Returns:
         The step (P,), its length () and its damping (), which is 0 for the Gauss–Newton step.
     """
-    identity = jnp.eye(projected.size, dtype=triangle.dtype)
     tiny = jnp.finfo(triangle.dtype).tiny
     noise = projected.size * jnp.finfo(triangle.dtype).eps
+    left, values, right = jnp.linalg.svd(triangle)
+    values = jnp.where(values > noise * values[0], values, 0)
+    along = left.T @ projected
 
     def solve(damping: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """z(λ), ‖z(λ)‖ and Newton's derivative, −d‖z‖/dλ ÷ ‖z‖. Length inf where singular."""
-        stacked = jnp.concatenate([triangle, jnp.sqrt(damping) * identity])
-        q, root = jnp.linalg.qr(stacked)
-        step = -solve_triangular(root, q[: projected.size].T @ projected)
+        """z(λ), ‖z(λ)‖ and Newton's derivative, −d‖z‖/dλ ÷ ‖z‖."""
+        divisor = jnp.where(values > 0, values**2 + damping, 1)
+        step = -values * along / divisor
         length = jnp.linalg.norm(step)
-        # Undamped, a diagonal that is rounding error decides how far to go along a null direction.
-        pivots = jnp.abs(jnp.diagonal(root))
-        singular = (damping == 0) & (length > 0) & (jnp.min(pivots) <= noise * jnp.max(pivots))
-        length = jnp.where(jnp.isfinite(length) & ~singular, length, jnp.inf)
-        rate = jnp.sum(solve_triangular(root, step / length, trans="T") ** 2)
-        return step, length, rate
+        unit = step / jnp.where(length > 0, length, 1)
+        return step, length, jnp.sum(unit**2 / divisor)
 
     def searching(search: _Search) -> jax.Array:
         return ~search.done
@@ -322,7 +325,7 @@ def _trust_region_step(
     def newton(search: _Search) -> _Search:
         damping, first = search.candidate, search.trials == 0
         step, length, rate = solve(damping)
-        excess, previous = length - radius, search.length - radius
+        excess = length - radius
         corrected = damping + excess / (radius * rate)
         # Newton's iterate from λ = 0 lies left of the root; later ones, scaled by ‖z‖/Δ, may not.
         beyond = jnp.where(first & jnp.isfinite(corrected), corrected, damping)
@@ -332,11 +335,8 @@ def _trust_region_step(
         usable = jnp.isfinite(candidate) & (candidate > 0)
         geometric = jnp.sqrt(lower) * jnp.sqrt(upper)
         fallback = jnp.maximum(jnp.maximum(1e-3 * upper, tiny), geometric)
-
-        # Undamped, anything inside the region will do. A singular Jacobian's shortest undamped
-        # step may be inside too: then there is no root, and trials approach that step from below.
+        # Undamped, anything inside the region will do.
         fills = (excess <= 0.1 * radius) & (first | (excess >= -0.1 * radius))
-        inside = (lower == 0) & (excess <= previous) & (previous < 0)
         trials = search.trials + 1
         return _Search(
             step=step,
@@ -346,7 +346,7 @@ def _trust_region_step(
             lower=lower,
             upper=upper,
             trials=trials,
-            done=fills | inside | (trials == 11),
+            done=fills | (trials == 11),
         )
 
     zero = jnp.zeros_like(radius)
@@ -356,16 +356,23 @@ def _trust_region_step(
         damping=zero,
         candidate=zero,
         lower=zero,
-        upper=jnp.maximum(jnp.linalg.norm(triangle.T @ projected) / radius, tiny),
+        upper=jnp.maximum(jnp.linalg.norm(values * along) / radius, tiny),
         trials=jnp.zeros((), jnp.int32),
         done=jnp.zeros((), bool),
     )
     search = lax.while_loop(searching, newton, search)
-    return search.step, search.length, search.damping
+    return right.T @ search.step, search.length, search.damping
 
 
 def _cost(residual: jax.Array) -> jax.Array:
     return 0.5 * jnp.sum(residual**2)
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """The one next to a positive number; one for zero, and for what is not finite."""
+    usual = jnp.isfinite(x) & (x > 0)
+    _, exponent = jnp.frexp(jnp.where(usual, x, 1))
+    return jnp.where(usual, jnp.ldexp(jnp.ones_like(x), exponent - 1), 1)
 
 
 def _column_norms(matrix: jax.Array) -> jax.Array:
@@ -377,6 +384,15 @@ def _column_norms(matrix: jax.Array) -> jax.Array:
 
 def _is_finite(model: _Model) -> jax.Array:
     return jnp.all(jnp.isfinite(model.triangle)) & jnp.all(jnp.isfinite(model.projected))
+
+
+def _check_settings(max_steps, rtol, atol) -> None:
+    if not is_count(max_steps):
+        raise ValueError(f"least_squares: max_steps is {max_steps}; allow at least one step")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        known = None if value is None else value_of(value)
+        if known is not None and not known >= 0:
+            raise ValueError(f"least_squares: {name} is {value}; give a number not below zero")
 
 
 def _check_real(what: str, tree: Any) -> None:

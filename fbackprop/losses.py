@@ -129,7 +129,10 @@ def sigmoid_binary_cross_entropy(logits: ArrayLike, targets: ArrayLike) -> jax.A
     # −t log σ(z) − (1 − t) log σ(−z): both terms are nonnegative, so a confident and correct logit
     # costs its tiny share instead of the rounding error of a difference of two large numbers.
     positive, negative = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
-    return -jnp.sum(targets * positive + (1 - targets) * negative)
+    # 0 · −∞ is not a number, and what has no part in the loss must cost nothing.
+    ones = jnp.where(targets == 0, 0, targets * positive)
+    zeros = jnp.where(targets == 1, 0, (1 - targets) * negative)
+    return -jnp.sum(ones + zeros)
 
 
 def _aligned(loss: str, prediction: ArrayLike, target: ArrayLike) -> tuple[jax.Array, jax.Array]:
@@ -141,6 +144,14 @@ def _aligned(loss: str, prediction: ArrayLike, target: ArrayLike) -> tuple[jax.A
             f"{loss}: prediction of shape {prediction.shape} and target of shape {target.shape} "
             "differ; give both the same shape"
         )
+    _check_real(loss, prediction)
     if not jnp.issubdtype(target.dtype, jnp.inexact):
         target = target.astype(prediction.dtype)
     return prediction, target
+
+
+def _check_real(loss: str, prediction: jax.Array) -> None:
+    if not jnp.issubdtype(prediction.dtype, jnp.floating):
+        raise ValueError(
+            f"{loss}: the prediction is of dtype {prediction.dtype}; give real floating point"
+        )

@@ -18,6 +18,7 @@ Index legend: T positions (time steps, tokens), I in, O out, H height, W width, 
 """
 
 import itertools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -95,7 +96,8 @@ def mlp(
         x = jnp.ravel(x)
         if x.size != widths[0]:
             raise ValueError(
-                f"mlp: x has {x.size} numbers and widths[0] is {widths[0]}; make the two equal"
+                f"x has {x.size} numbers and widths[0] is {widths[0]}: a perceptron takes one "
+                "example; map over a batch with jax.vmap"
             )
         *hidden, last = params
         for layer in hidden:
@@ -588,8 +590,10 @@ def _affine(norm: Any, x: jax.Array) -> jax.Array:
 def _check_positive(network: str, **sizes: Sequence[int]) -> None:
     for name, values in sizes.items():
         for value in values:
-            if value < 1:
-                raise ValueError(f"{network}: {name} has a size of {value}; give at least 1")
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(
+                    f"{network}: {name} has a size of {value}; give a whole number, at least 1"
+                )
 
 
 def _check_image(

@@ -232,11 +232,12 @@ class _Call(NamedTuple):
         """
         eqn, cts = self.eqn, ct if isinstance(ct, tuple | list) else (ct,)
         if operands is not None:
-            said = len(operands) if isinstance(operands, tuple | list) else "an array"
-            if said != eqn.arity:
+            is_tuple = isinstance(operands, tuple | list)
+            if not is_tuple or len(operands) != eqn.arity:
+                said = f"{len(operands)} operands" if is_tuple else "no tuple of operands"
                 raise TypeError(
-                    f"the rule of '{eqn.label}' gave default {said} as operands (called at "
-                    f"{eqn.source}): it takes a tuple of all {eqn.arity}"
+                    f"the rule of '{eqn.label}' gave `default` {said} (called at {eqn.source}): "
+                    f"give all {eqn.arity} in a tuple"
                 )
         found = self.default(cts, operands)[: self.eqn.arity]
         return found[0] if self.eqn.arity == 1 else tuple(found)

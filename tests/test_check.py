@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import lax
 
 import fbackprop as fb
 
@@ -56,3 +58,41 @@ def test_finds_a_wrong_rule():
 def test_nothing_to_check():
     with pytest.raises(ValueError, match="floating-point argument"):
         fb.check_grads(lambda n: n, 3)
+
+
+def test_differences_are_left_out_where_the_function_is_another():
+    """Random numbers of the default dtype, and computations in less than double precision."""
+    key, w = jax.random.key(0), jnp.sin(jnp.arange(12.0)).reshape(3, 4)
+
+    def dropout(w):
+        h = jnp.tanh(w)
+        return jnp.sum(jnp.where(jax.random.bernoulli(key, 0.5, h.shape), h, 0.0) ** 2)
+
+    def cast(w):
+        return jnp.sum(jnp.tanh(w).astype(jnp.float32) ** 2)
+
+    def inside(w):
+        return lax.scan(lambda c, x: (jnp.tanh(c + x.astype(jnp.bfloat16)), None), w[0], w)[0].sum()
+
+    for f in (dropout, cast, inside):
+        (row,) = fb.check_grads(f, w).rows
+        assert row.ok and np.isnan(row.fd_rel_error)
+    (row,) = fb.check_grads(lambda w: jnp.sum(jnp.tanh(w @ jnp.tanh(w.T))), w).rows
+    assert row.ok and row.fd_rel_error < 1e-3
+
+
+def test_functions_that_look_at_values():
+    assert fb.check_grads(lambda x: x**2 if x > 0 else -x, 3.0).ok
+    assert not fb.check_grads(wrong_where_positive, 3.0).ok
+
+
+@jax.custom_vjp
+def doubled(x):
+    return 2 * x
+
+
+doubled.defvjp(lambda x: (2 * x, None), lambda _, ct: (3 * ct,))
+
+
+def wrong_where_positive(x):
+    return doubled(x) if x > 0 else x

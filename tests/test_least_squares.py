@@ -334,6 +334,54 @@ def test_stops_when_the_steps_run_out(steps):
     assert fit.cost <= jnp.sum(rosenbrock(jnp.array([-1.2, 1.0])) ** 2) / 2
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_singular_problem_is_solved_by_the_nearest_minimiser(dtype):
+    with jax.enable_x64(True):
+        start = jnp.array([100.0, 0.0], dtype)
+        fit = least_squares(lambda p: jnp.ones((6, 2), dtype) @ p - jnp.arange(6.0), start)
+        assert fit.converged
+        np.testing.assert_allclose(fit.params, [51.25, -48.75], rtol=1e-6)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_null_directions_are_left_alone(noise):
+    """Of a redundant model, with and without an exact fit."""
+    x = jnp.linspace(0.0, 1.0, 20)
+    y = 3 * jnp.exp(-x) - noise * jnp.sin(9 * x)
+
+    def residual(p):
+        return p["a"] * p["b"] * jnp.exp(-p["c"] * x) - y
+
+    fit = least_squares(residual, {"a": 1.0, "b": 1.0, "c": 0.5})
+    assert fit.converged and fit.steps < 10
+    np.testing.assert_allclose(fit.params["a"], fit.params["b"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-19, 1.0, 1e19])
+def test_residuals_of_any_unit(unit):
+    """Squares of the first and the third underflow in single precision, of the last overflow."""
+    x = jnp.linspace(0, 4, 40)
+    fit = least_squares(
+        lambda p: p[0] * jnp.exp(-p[1] * x) - unit * 3 * jnp.exp(-0.7 * x), jnp.array([unit, 1.0])
+    )
+    assert fit.converged
+    np.testing.assert_allclose(fit.params / jnp.array([unit, 1.0]), [3.0, 0.7], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"max_steps": 2.5}, "max_steps is 2.5"),
+        ({"rtol": -1.0}, "rtol is -1.0"),
+        ({"atol": jnp.nan}, "atol is nan"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        least_squares(lambda p: p, jnp.ones(2), **settings)
+
+
 @pytest.mark.slow
 def test_tolerances_stop_earlier():
     def fit(rtol, atol):

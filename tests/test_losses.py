@@ -148,3 +148,19 @@ def test_refuses_what_does_not_fit(loss, prediction, target, message):
     with pytest.raises(ValueError, match=message) as error:
         loss(prediction, target)
     assert "\n" not in str(error.value)
+
+
+def test_infinite_logits_that_are_right_cost_nothing():
+    logits, targets = jnp.array([-jnp.inf, jnp.inf, 1.0]), jnp.array([0, 1, 1])
+    loss = losses.sigmoid_binary_cross_entropy
+    np.testing.assert_allclose(loss(logits, targets), jnp.log1p(jnp.exp(-1.0)), rtol=1e-6)
+    assert np.all(np.isfinite(jax.grad(loss)(logits, targets)))
+    assert loss(logits, 1 - targets) == jnp.inf
+    assert jnp.isnan(loss(logits.at[2].set(jnp.nan), targets))
+
+
+@pytest.mark.parametrize("name", ["squared_error", "sigmoid_binary_cross_entropy"])
+def test_predictions_that_are_not_real_are_refused(name):
+    for prediction in (jnp.ones(2, complex), jnp.ones(2, bool)):
+        with pytest.raises(ValueError, match="real floating point"):
+            getattr(losses, name)(prediction, jnp.ones(2))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fbackprop.plan import cheap, choose, nbytes, steps_between
+from fbackprop.plan import _Network, cheap, choose, nbytes, steps_between
 from fbackprop.program import Var, evaluate, program_of
 
 
@@ -124,3 +124,28 @@ def sufficient(p, kept, wanted):
         if cheap(e) and all(v in known for v in e.inputs if isinstance(v, Var)):
             known.update(e.outputs)
     return all(v in known for v in wanted)
+
+
+def test_a_cut_takes_time_in_proportion_to_its_edges():
+    """Of many calls in a row, each of which has much to choose from."""
+
+    def looked_at(n):
+        network = _Network()
+        network.capacity = {}
+        for i in range(n):
+            network.connect("source", ("a", i), 1)
+            network.connect(("a", i), ("b", i), 2)
+            network.connect(("b", i), "sink", 1)
+        seen = 0
+
+        class Counted(dict):
+            def __getitem__(self, key):
+                nonlocal seen
+                seen += 1
+                return super().__getitem__(key)
+
+        network.capacity = {a: Counted(out) for a, out in network.capacity.items()}
+        network.minimum_cut("source", "sink")
+        return seen
+
+    assert looked_at(400) < 5 * looked_at(100)

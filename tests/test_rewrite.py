@@ -382,6 +382,21 @@ def test_bad_rules_are_refused_when_traced(rules, error, message):
         jax.eval_shape(fb.grad(lambda x: jnp.sum(jnp.sin(x)), rules=rules), X)
 
 
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (lambda ct, y: ct, "reads the operand 'y', but the equation has 1"),
+        (lambda ct, default, x: default(ct, x), "gave `default` no tuple of operands"),
+        (lambda ct, default, xs: default(ct, ()), "gave `default` 0 operands"),
+        (max, "whose parameters have no names"),
+    ],
+)
+def test_operands_that_are_not_there_are_refused(rule, words):
+    with pytest.raises(TypeError, match=words) as raised:
+        jax.eval_shape(fb.grad(lambda x: jnp.sum(jnp.sin(x)), rules={"sin": rule}), X)
+    assert "\n" not in str(raised.value)
+
+
 def test_what_is_refused_says_where():
     with pytest.raises(TypeError) as caught:
         fb.grad(lambda x: jnp.sum(jnp.sin(x)), rules={"sin": lambda ct: ct[:2]})(X)

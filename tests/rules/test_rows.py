@@ -553,6 +553,12 @@ def test_no_derivative(f, error):
     assert "test_rows.py" in "".join([str(caught.value), *caught.value.__notes__])
 
 
+def test_a_scatter_that_applies_a_function_is_refused():
+    """By name it is one that sets its updates."""
+    with pytest.raises(NotImplementedError, match=r"write x.at\[i\].set"):
+        fb.grad(lambda x: jnp.sum(x.at[jnp.array([0])].apply(jnp.sin)))(jnp.ones(2))
+
+
 def test_complex_sign():
     """Against differences: older releases of JAX take its derivative to be zero."""
     z = jnp.asarray(X + 1j * Y, jnp.complex64)
