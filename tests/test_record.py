@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import fbackprop as fb
 from fbackprop.record import Record, error_signals, record
+from fbackprop.table import TABLE
 
 X = jnp.linspace(0.1, 1.0, 6).reshape(2, 3)
 W = jnp.linspace(-0.6, 0.5, 9).reshape(3, 3)
@@ -605,3 +606,4 @@ def test_an_error_in_a_rule_names_the_line():
     fb.defrule(wrong)(lambda ct: ct.astype(jnp.int32))
     with pytest.raises(TypeError, match="'wrong'.*test_record"):
         record(lambda x: wrong.bind(x))(1.0)
+    del TABLE[wrong]  # other tests look at every row
