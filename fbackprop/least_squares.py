@@ -10,8 +10,9 @@ fits inside. The radius Δ then follows how well the linear model had predicted 
 
 This is the method of Moré (1978), which MINPACK's ``lmder`` made the standard; section numbers in
 the comments are that paper's. JᵀJ is never formed, because it squares the condition number of J and
-hard fits need every digit: one QR factorisation of J is made at each accepted point, and each trial
-damping costs the factorisation of a (2P, P) matrix.
+hard fits need every digit: one QR factorisation of J is made at each accepted point, and for each
+step the singular values of its triangle, with which a trial damping costs next to nothing. They
+tell null directions, too, along which no step goes.
 
 Index legend: M residuals, P parameters.
 
