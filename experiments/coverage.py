@@ -60,7 +60,6 @@ def _place(row: fb.PrimitiveCoverage) -> str:
 def script(settings: Settings) -> int:
     """Print or write the page."""
     if settings.write:
-        settings.to.parent.mkdir(parents=True, exist_ok=True)
         settings.to.write_text(page())
     else:
         print(page(), end="")
