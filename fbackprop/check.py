@@ -137,12 +137,12 @@ def check_grads(f: Callable, *args, samples: int = 16, seed: int = 0) -> Gradien
 
     def ours_of(at):
         value, pullback = vjp(loss, at)
-        return pullback(jnp.ones_like(value))[0]
+        return value, pullback(jnp.ones_like(value))[0]
 
     with jax.default_matmul_precision("highest"):  # accelerators' default is coarser than float32
-        ours = compiled(ours_of)(at)
+        value, ours = compiled(ours_of)(at)
         theirs = compiled(jax.grad(loss))(at)
-    differences = _central_differences(loss, at, samples, rng, compiled)
+    differences = _central_differences(loss, at, float(value), samples, rng, compiled)
     rows = []
     for i, x, a, b, diff in zip(moving, at, ours, theirs, differences, strict=True):
         name = str(x.dtype)
@@ -194,14 +194,13 @@ def _tried(f: Callable, args):
         return lambda function: function, f(*args)
 
 
-def _central_differences(loss, at, samples, rng, compiled):
+def _central_differences(loss, at, value, samples, rng, compiled):
     """For each leaf, some coordinates and the slopes of `loss` along them, in float64.
 
     They are NaN where the function is another one there, or computes in less.
     """
     chosen = [np.sort(rng.choice(x.size, size=min(samples, x.size), replace=False)) for x in at]
     unknown = [(w, np.full(w.shape, np.nan)) for w in chosen]
-    value = float(loss(at))
     with jax.enable_x64(True):
         wide = [np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64) for x in at]
         try:
