@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from fbackprop.program import Program, Var, bodies, inlined, is_inexact, trace_tree, type_of
-from fbackprop.reverse import vjp
+from fbackprop.passes import activity
+from fbackprop.program import Program, bodies, inlined, is_inexact, trace_tree, type_of
+from fbackprop.reverse import DEFAULT, vjp
 
 
 def tolerances(dtype) -> tuple[float, float]:
@@ -186,11 +187,19 @@ def _errors(ours, theirs, whole=None) -> tuple[float, float]:
     return float(gap.max()), float(gap.max() / largest)
 
 
+# What a tracer says that was asked for its value.
+_LOOKED_AT = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
 def _tried(f: Callable, args):
     """How to compile functions of `f`, and what it returns; what looks at values runs as it is."""
     try:
         return jax.jit, jax.eval_shape(f, *args)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+    except _LOOKED_AT:
         return lambda function: function, f(*args)
 
 
@@ -221,19 +230,14 @@ def _central_differences(loss, at, value, samples, rng, compiled):
 
 
 def _computes_in_less(program: Program) -> bool:
-    """Whether anything that depends on the inputs is of less than double precision."""
+    """Whether anything with a derivative in the inputs is of less than double precision."""
     program = inlined(program)
-    known = {v for v in program.inputs if is_inexact(v.aval)}
-    for eqn in program.equations:
-        if known.isdisjoint(v for v in eqn.inputs if isinstance(v, Var)):
-            continue
-        outs = [v for v in eqn.outputs if is_inexact(v.aval)]
-        if any(jnp.finfo(v.aval.dtype).bits < 64 for v in outs):
-            return True
-        if any(map(_computes_in_less, bodies(eqn))):
-            return True
-        known.update(outs)
-    return False
+    found = activity(program, DEFAULT, (True,) * len(program.inputs))
+    moving = [eqn for eqn, mask in zip(program.equations, found.steps, strict=True) if mask]
+    outs = (v for eqn in moving for v in eqn.outputs if v in found.variables)
+    return any(jnp.finfo(v.aval.dtype).bits < 64 for v in outs) or any(
+        _computes_in_less(body) for eqn in moving for body in bodies(eqn)
+    )
 
 
 def _slope(evaluate, at, k, i):

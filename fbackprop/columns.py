@@ -367,17 +367,16 @@ def _kinds(program: Program, inputs: list, by_rule: bool = True) -> list:
     for eqn in program.equations:
         ins = [kind(v) for v in eqn.inputs]
         if eqn.primitive.name == "custom_jvp_call":
-            inside = inlined(program_of(eqn.params["call_jaxpr"]))
-            outs = _kinds_by_rule(eqn, ins) if by_rule else _kinds(inside, ins, False)
+            outs = _kinds(inlined(program_of(eqn.params["call_jaxpr"])), ins, by_rule=False)
+            outs = _with_tangents(eqn, ins, outs) if by_rule else outs
         else:
             outs = [_kind_of(eqn, ins)] * len(eqn.outputs)
         kinds.update(zip(eqn.outputs, outs, strict=True))
     return [kind(v) for v in program.outputs]
 
 
-def _kinds_by_rule(eqn: Equation, ins: list) -> list:
+def _with_tangents(eqn: Equation, ins: list, values: list) -> list:
     """Of a `custom_jvp` function: how its values depend, or its tangents if these mix more."""
-    values = _kinds(inlined(program_of(eqn.params["call_jaxpr"])), ins, by_rule=False)
     moving = tuple(
         k is not None and is_inexact(v.aval) for k, v in zip(ins, eqn.inputs, strict=True)
     )

@@ -223,8 +223,9 @@ class EigenBlock(Block):
 
     def diagonal(self):
         """The diagonal, (g, i, o)."""
-        unit = jnp.eye(self.values.shape[1], dtype=self.dtype)[None]
-        a = unit if self.a is None else self.a
+        a = self.a
+        if a is None:
+            a = jnp.eye(self.values.shape[1], dtype=self.dtype)[None]
         return a**2 @ self.values @ (self.b**2).mT
 
     def dense(self):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from fbackprop.passes import activity
 from fbackprop.program import (
     UNKNOWN_LINE,
     Equation,
@@ -16,6 +17,7 @@ from fbackprop.program import (
     scan_counts,
     trace,
 )
+from fbackprop.reverse import DEFAULT
 from fbackprop.rules.derived import tangent_program
 
 _LINEAR = frozenset(
@@ -114,7 +116,7 @@ def _through_scan(eqn: Equation, ins: list[Leaves], source: str) -> list[Leaves]
 def _tangents_vary(eqn: Equation) -> bool:
     """Whether the tangents of a `custom_jvp` function depend on where it is taken."""
     program, carries = tangent_program(eqn, tuple(map(is_inexact, eqn.in_avals)))
-    return any(_vary(program, len(eqn.inputs))[len(carries) :])
+    return any(_active(program, len(eqn.inputs))[len(carries) :])
 
 
 def _cotangents_vary(eqn: Equation) -> bool:
@@ -129,20 +131,12 @@ def _cotangents_vary(eqn: Equation) -> bool:
         return [ct for ct, moves in zip(found, moving, strict=True) if moves and ct is not None]
 
     cts = [cotangent_aval(aval) for aval in eqn.out_avals if is_inexact(aval)]
-    return any(_vary(trace(run, [*eqn.in_avals, *cts]), n))
+    return any(_active(trace(run, [*eqn.in_avals, *cts]), n))
+
+
+def _active(program: Program, n: int) -> tuple[bool, ...]:
+    """Which outputs have a derivative in the first n inputs; steps of these have none."""
+    return activity(program, DEFAULT, tuple(i < n for i in range(len(program.inputs)))).outputs
 
 
 _CUSTOM = {"custom_jvp_call": _tangents_vary, "custom_vjp_call": _cotangents_vary}
-
-
-def _vary(program: Program, n: int) -> list[bool]:
-    """Which outputs depend on the first n inputs, other than in steps."""
-    varying = {v for v in program.inputs[:n] if is_inexact(v.aval)}
-
-    def varies(v) -> bool:
-        return isinstance(v, Var) and v in varying
-
-    for eqn in program.equations:
-        if any(map(varies, eqn.inputs)) and not _is_flat(eqn):
-            varying.update(v for v in eqn.outputs if is_inexact(v.aval))
-    return list(map(varies, program.outputs))

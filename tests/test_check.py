@@ -83,6 +83,8 @@ def test_differences_are_left_out_where_the_function_is_another():
 
 def test_functions_that_look_at_values():
     assert fb.check_grads(lambda x: x**2 if x > 0 else -x, 3.0).ok
+    assert fb.check_grads(lambda x, i: [2 * x, x**2][i], 3.0, np.array(1)).ok
+    assert fb.check_grads(lambda x, i: x * np.asarray(i), 3.0, jnp.array(2)).ok
     assert not fb.check_grads(wrong_where_positive, 3.0).ok
 
 

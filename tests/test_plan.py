@@ -131,7 +131,6 @@ def test_a_cut_takes_time_in_proportion_to_its_edges():
 
     def looked_at(n):
         network = _Network()
-        network.capacity = {}
         for i in range(n):
             network.connect("source", ("a", i), 1)
             network.connect(("a", i), ("b", i), 2)

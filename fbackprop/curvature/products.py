@@ -6,7 +6,7 @@ map of tangents. Both read the one tape, and no product computes anything of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -166,22 +166,27 @@ class Hessian(_Products):
         self.objective = Objective(model, loss, params, batch, **options)
         self.objective.check()
         leaves, structure = jax.tree.flatten(params)
-        moving = [x for x in leaves if is_inexact(type_of(x))]
 
         def value(moving):
-            remaining = iter(moving)
-            full = [next(remaining) if is_inexact(type_of(x)) else x for x in leaves]
-            return self.objective.value(structure.unflatten(full))
+            return self.objective.value(structure.unflatten(_replaced(leaves, moving)))
 
-        _, self._pullback = vjp(grad(value), moving)
+        _, self._pullback = vjp(grad(value), _moving(leaves))
 
     def matvec(self, tree):
         leaves, structure = jax.tree.flatten(self.space.cast(tree))
-        (found,) = self._pullback([x for x in leaves if is_inexact(type_of(x))])
-        images = iter(found)
-        return structure.unflatten(
-            [next(images) if is_inexact(type_of(x)) else jnp.zeros_like(x) for x in leaves]
-        )
+        (images,) = self._pullback(_moving(leaves))
+        return structure.unflatten(_replaced(map(jnp.zeros_like, leaves), images))
+
+
+def _moving(leaves: list) -> list:
+    """Those that have a derivative."""
+    return [x for x in leaves if is_inexact(type_of(x))]
+
+
+def _replaced(leaves: Iterable, moving: list) -> list:
+    """Others in the place of those that have a derivative."""
+    remaining = iter(moving)
+    return [next(remaining) if is_inexact(type_of(x)) else x for x in leaves]
 
 
 def _register(cls, names: tuple[str, ...]) -> None:

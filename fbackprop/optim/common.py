@@ -14,7 +14,7 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from fbackprop.model import check_params
+from fbackprop.curvature.space import Space
 from fbackprop.objective import Objective
 from fbackprop.program import value_of
 
@@ -168,9 +168,7 @@ def zero_unless(condition, tree):
 
 def scalar_like(value, tree) -> jax.Array:
     """A number in the precision of a tree's sums, at least single."""
-    check_params(tree)
-    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(tree)]
-    return jnp.asarray(value, jnp.result_type(jnp.float32, *dtypes))
+    return jnp.asarray(value, Space.of(tree).dtype)
 
 
 def with_learning_rate(who: str, transformation, learning_rate: ScalarOrSchedule):

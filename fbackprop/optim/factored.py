@@ -13,6 +13,7 @@ import optax
 from jax import lax
 
 from fbackprop.curvature.factors import EigenFactors, KroneckerFactors
+from fbackprop.model import check_params
 from fbackprop.objective import Objective
 from fbackprop.optim.common import (
     Pending,
@@ -95,7 +96,8 @@ class FirstSolver:
         return self.make(self.measure(objective, key), scalar_like(1.0, objective.params))
 
 
-# Compiled, so that their traces are kept: the state's shapes take one, the step another.
+# Compiled, so that their traces are kept: the state's shapes take one, the step another. What is
+# handed on is the function around it, since nothing that is jit-ted pickles.
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -252,6 +254,7 @@ def _factored(
     measure = Measure(quantity)
 
     def init(params):
+        check_params(params)
         structure = jax.tree.structure(params)
         return FactoredState(
             steps=jnp.zeros((), jnp.int32),

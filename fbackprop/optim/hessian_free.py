@@ -10,6 +10,8 @@ import optax
 from jax import lax
 
 from fbackprop.curvature.products import GaussNewton
+from fbackprop.curvature.space import Space
+from fbackprop.model import check_params
 from fbackprop.optim.common import (
     check_count,
     check_fraction,
@@ -74,12 +76,13 @@ def hessian_free(
     check_fraction("hessian_free", warm_start=warm_start)
 
     def init(params):
+        check_params(params)
         return HessianFreeState(
             steps=jnp.zeros((), jnp.int32),
             damping=scalar_like(damping, params),
             ratio=scalar_like(1.0, params),
             iterations=jnp.zeros((), jnp.int32),
-            direction=_wide(jax.tree.map(jnp.zeros_like, params), params),
+            direction=Space.of(params).wide(jax.tree.map(jnp.zeros_like, params)),
         )
 
     def update(updates, state, params=None, *, objective=None, value=None, **extra):
@@ -94,11 +97,14 @@ def hessian_free(
         def loss(change):
             return problem.value(optax.apply_updates(params, change)).astype(state.ratio.dtype)
 
+        # In one precision, single at least: sums of many small numbers are all there is to it.
+        in_one = Space.of(params).wide
+
         def multiply(v):
-            return optax.tree.add_scale(_wide(operator.matvec(v), params), state.damping, v)
+            return optax.tree.add_scale(in_one(operator.matvec(v)), state.damping, v)
 
         start = optax.tree.scale(warm_start, state.direction)
-        gradient = _wide(updates, params)
+        gradient = in_one(updates)
         search = conjugate_gradients(multiply, gradient, start, max_iterations)
         change, place = _best_iterate(search, loss)
         change, after = _shortened(change, loss, value, gradient)
@@ -115,12 +121,6 @@ def hessian_free(
         return optax.tree.cast_like(zero_unless(usable, change), params), found
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _wide(tree, params):
-    """The tree in one precision, single at least: sums of many small numbers are all there is."""
-    dtype = scalar_like(0.0, params).dtype
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 class Search(NamedTuple):

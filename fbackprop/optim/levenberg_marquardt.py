@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from fbackprop.curvature.dual import GGNRows
+from fbackprop.model import check_params
 from fbackprop.optim.common import (
     check_start,
     check_state,
@@ -65,6 +66,7 @@ def levenberg_marquardt(
     rows = rows_of(curvature)
 
     def init(params):
+        check_params(params)
         return LevenbergMarquardtState(
             steps=jnp.zeros((), jnp.int32),
             damping=scalar_like(damping, params),
