@@ -54,7 +54,8 @@ def sweep(
     Returns:
       ``sweep(params, (inputs, targets), *further, weights=None, key=None)``: a dict of the "loss"
       and the quantities. Inputs, targets, further inputs and the `weights` of examples, shape (N,),
-      have a leading axis of N examples. The key is for the model, if it takes one, and for
+      have a leading axis of N examples. An example of weight zero is gone through as well: its
+      numbers must be finite, as those of padding are. The key is for the model, if it takes one, and for
       quantities that sample. It may be jit-ted, and mapped over by `vmap`.
 
     Raises:

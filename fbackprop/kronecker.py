@@ -105,14 +105,15 @@ class Block:
         row = self.bias.place.take(leaves[self.bias.leaf])
         return jnp.concatenate([x, row[:, None]], axis=1)
 
-    def restore(self, leaf: int, x) -> dict[int, jax.Array]:
-        """Leaves by number with the elements (g, i, o) in their places, zero elsewhere."""
+    def restore(self, leaf: int, x) -> list[tuple[int, jax.Array]]:
+        """Leaves, each with its number, with elements (g, i, o) in their places, zero elsewhere.
+
+        Those of one number add up: weight and bias may be parts of one leaf.
+        """
         if self.bias is None:
-            return {leaf: self.place.put(self.layout.restore(x))}
-        return {
-            leaf: self.place.put(self.layout.restore(x[:, :-1])),
-            self.bias.leaf: self.bias.place.put(x[:, -1]),
-        }
+            return [(leaf, self.place.put(self.layout.restore(x)))]
+        weight = self.place.put(self.layout.restore(x[:, :-1]))
+        return [(leaf, weight), (self.bias.leaf, self.bias.place.put(x[:, -1]))]
 
     def indices(self) -> np.ndarray:
         """The place in the flattened parameter of every (g, i, o), a bias left out."""

@@ -28,7 +28,7 @@ class Objective:
       params: θ.
       batch: a pair (inputs, targets), leading axes N.
       further: further inputs of the model, leading axes N.
-      weights: of the examples, (N,); None for equal ones.
+      weights: of the examples, (N,); None for equal ones. One of weight zero must be finite, too.
       key: for a model that takes one, and for quantities that sample.
       chunk: how many examples a sweep goes through at a time; None for all.
 
@@ -101,6 +101,13 @@ class Objective:
     def n_examples(self) -> int:
         """N."""
         return size_of(self.batch, self.further, self.weights)
+
+    @property
+    def n_effective(self):
+        """(Σw)² / Σw², of how many equal examples a mean varies as much as this one; N of such."""
+        if self.weights is None:
+            return self.n_examples
+        return 1 / jnp.sum(self.examples().shares ** 2)
 
     def of_trained(self, updates) -> Objective:
         """The same as a function of the parameters that have a leaf in `updates` alone.

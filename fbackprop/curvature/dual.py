@@ -90,7 +90,7 @@ class DualGaussNewton(Curvature):
 
     def _solved(self, tree, damping):
         gram = self.gram()
-        least = jnp.finfo(gram.dtype).eps ** 0.5 * jnp.max(jnp.diagonal(gram))
+        least = jnp.finfo(gram.dtype).eps ** 0.5 * jnp.max(jnp.diagonal(gram), initial=0)
         raised = jnp.maximum(damping, least).astype(gram.dtype)
         raised = jnp.where(raised > 0, raised, 1)
         factored = cholesky.factor(gram, raised)

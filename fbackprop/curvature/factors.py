@@ -68,7 +68,7 @@ class _Blocks(Curvature):
         """Elements (g, i, o) for every block, as a tree."""
         found: list = [None] * self._structure.num_leaves
         for (k, block), part in zip(self._all, parts, strict=True):
-            for leaf, x in block.restore(k, part).items():
+            for leaf, x in block.restore(k, part):
                 found[leaf] = x if found[leaf] is None else found[leaf] + x
         return self._structure.unflatten(found)
 

@@ -60,6 +60,7 @@ class FactoredState(NamedTuple):
       damping: λ.
       ratio: the loss's reduction over the predicted one, when it was last measured.
       velocity: the last update, like the parameters.
+      measured: how many measurements the factors' averages are of.
       factors: running averages of the factors, `KroneckerFactors`.
       solver: what preconditions: factors inverted, or turned to their eigenvectors. Both are
         `Pending` before the first step.
@@ -70,6 +71,7 @@ class FactoredState(NamedTuple):
     damping: jax.Array
     ratio: jax.Array
     velocity: Any
+    measured: jax.Array
     factors: Any
     solver: Any
     skipped: jax.Array
@@ -155,7 +157,8 @@ def kfac(
 
     (sections 6.4 and 7). With one, it is −ηΔ + momentum · δ₀. Every few steps λ is shrunk where the
     loss fell by more than 3/4 of what M had promised, and grown where it was less than 1/4 of it
-    (section 6.5), but not below 32²/N² times the mean eigenvalue of the averaged factors' matrix.
+    (section 6.5), but not below 32²/N² times the mean eigenvalue of the averaged factors' matrix. Of
+    a batch with weights, N is (Σw)²/Σw².
 
     M is of an eighth of the batch, or 128 examples if that is more, its slope as well as its
     curvature, with what other transformations have added to the gradient; of the whole batch where
@@ -261,26 +264,28 @@ def _factored(
             damping=scalar_like(at_step(damping, 0), params),
             ratio=scalar_like(1.0, params),
             velocity=jax.tree.map(jnp.zeros_like, params),
+            measured=jnp.zeros((), jnp.int32),
             factors=Pending(measure, structure),
             solver=Pending(FirstSolver(solver.make, measure), structure),
             skipped=jnp.zeros((), jnp.int32),
         )
 
     def refreshed(state: FactoredState, objective: Objective, key):
-        """Whether new factors are finite, these averaged into the old and what solves with them.
+        """Whether new factors are finite, how many are averaged, their averages and the solver.
 
-        Where they are not it is the old.
+        Where they are not the rest is the old.
         """
         new = measure(objective, key)
-        renewals = jnp.minimum(state.steps, _early(every) - 1) + state.steps // every
-        most = _memory(objective.n_examples) if decay is None else decay
-        keep = jnp.minimum(renewals / (renewals + 1), most)  # a plain mean to begin with
+        most = _memory(objective.n_effective) if decay is None else decay
+        # A plain mean to begin with.
+        keep = jnp.minimum(state.measured / (state.measured + 1), most)
         factors = optax.tree.update_moment(new, state.factors, keep, 1)
         made = solver.update(solver.make(factors, state.damping), objective, key)
         # Traces tell: no element of a positive semi-definite matrix exceeds its diagonal's. The
         # inverse of an infinite factor is finite.
         finite = is_finite(factors.trace(), made.trace())
-        return finite, *where(finite, (factors, made), (state.factors, state.solver))
+        old = state.measured, state.factors, state.solver
+        return finite, *where(finite, (state.measured + 1, factors, made), old)
 
     def update(updates, state, params=None, *, objective=None, grad=None, **extra):
         del extra
@@ -295,10 +300,10 @@ def _factored(
         part = part_of(problem)
         key = jax.random.fold_in(jax.random.key(seed), state.steps)
         is_time = state.steps % every == 0
-        usable, factors, made = lax.cond(
-            is_time | (state.steps < _early(every)),
+        usable, measured, factors, made = lax.cond(
+            is_time | (state.steps < _early(every)) | (state.measured == 0),
             lambda: refreshed(state, problem, key),
-            lambda: (jnp.array(True), state.factors, state.solver),
+            lambda: (jnp.array(True), state.measured, state.factors, state.solver),
         )
         direction = solver.solve(made, jax.tree.map(wide, updates), state.damping)
         direction = optax.tree.scale(-1.0, direction)
@@ -333,7 +338,7 @@ def _factored(
                 after = part.value(optax.apply_updates(params, change))
                 promised = expected.promised(weights)
                 ratio = reduction_ratio(expected.value, after, promised).astype(state.ratio.dtype)
-                return _next(state.damping, ratio, every, factors, problem.n_examples), ratio
+                return _next(state.damping, ratio, every, factors, problem.n_effective), ratio
 
             judged = lax.cond(is_time & finite, judge, lambda: (state.damping, state.ratio))
         after = FactoredState(
@@ -341,6 +346,7 @@ def _factored(
             damping=judged[0],
             ratio=judged[1],
             velocity=change,
+            measured=measured,
             factors=factors,
             solver=made,
             skipped=state.skipped + jnp.where(finite, 0, 1),
@@ -355,7 +361,7 @@ def _early(every):
     return jnp.minimum(EARLY, every)
 
 
-def _next(damping, ratio, every, factors: KroneckerFactors, n_examples: int):
+def _next(damping, ratio, every, factors: KroneckerFactors, n_examples):
     """λ · ω or λ / ω with ω = `OMEGA` for every step since the last time (section 6.5).
 
     Not below the mean eigenvalue of the factors' matrix, times `SMALL`²/N²: the ratio is of one
@@ -368,6 +374,6 @@ def _next(damping, ratio, every, factors: KroneckerFactors, n_examples: int):
     return jnp.maximum(found, least.astype(found.dtype))
 
 
-def _memory(n_examples: int) -> float:
+def _memory(n_examples):
     """The decay with which averages are of about `MEMORY` examples."""
-    return max(1 - n_examples / MEMORY, 0.0)
+    return jnp.maximum(1 - n_examples / MEMORY, 0.0)

@@ -39,7 +39,7 @@ class HessianFreeState(NamedTuple):
     Attributes:
       steps: how many so far.
       damping: λ of the next step.
-      ratio: the last step's reduction of the loss over the predicted one.
+      ratio: the last step's reduction of the loss over that predicted before it was shortened.
       iterations: products with the curvature that it spent.
       direction: the last solution of the conjugate gradients, where the next start.
     """
@@ -106,9 +106,9 @@ def hessian_free(
         start = optax.tree.scale(warm_start, state.direction)
         gradient = in_one(updates)
         search = conjugate_gradients(multiply, gradient, start, max_iterations)
-        change, place = _best_iterate(search, loss)
-        change, after = _shortened(change, loss, value, gradient)
-        predicted = -search.values[place] + state.damping / 2 * optax.tree.vdot(change, change)
+        whole, place = _best_iterate(search, loss)
+        change, after = _shortened(whole, loss, value, gradient)
+        predicted = -search.values[place] + state.damping / 2 * optax.tree.vdot(whole, whole)
         ratio = reduction_ratio(value, after, predicted).astype(state.ratio.dtype)
         usable = (after < value) & is_finite(change)
         found = HessianFreeState(

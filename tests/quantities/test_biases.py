@@ -7,7 +7,7 @@ import pytest
 from naive import assert_close, compiled
 
 import fbackprop as fb
-from fbackprop.kronecker import BiasBlock
+from fbackprop.kronecker import BiasBlock, Block
 
 
 @pytest.fixture(autouse=True)
@@ -144,15 +144,44 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_operators_of_joined_blocks_agree_with_their_matrix(name):
-    model, params, shape = MODELS[name]
+def row_of_one_leaf(params, x):
+    return jnp.tanh(plus(x @ params["both"][:-1], params["both"][-1]))
+
+
+def column_of_one_leaf(params, x):
+    return jnp.tanh(plus(x @ params["both"][:, 1:], params["both"][:, 0]))
+
+
+def rows_of_a_loop(params, x):
+    body = lambda h, both: (row_of_one_leaf({"both": both}, h), None)  # noqa: E731
+    return jax.lax.scan(body, x, params["both"])[0]
+
+
+def of_one_vector(params, x):
+    flat = params["both"]
+    h = jnp.tanh(plus(x @ flat[:6].reshape(3, 2), flat[6:8]))
+    return plus(h @ flat[8:12].reshape(2, 2), flat[12:])
+
+
+OF_ONE_LEAF = {
+    "row": (row_of_one_leaf, {"both": normal(0, 4, 2)}, (5, 3)),
+    "column": (column_of_one_leaf, {"both": normal(0, 3, 4)}, (3,)),
+    "rows of a loop": (rows_of_a_loop, {"both": normal(0, 2, 4, 3)}, (3,)),
+    "vector": (of_one_vector, {"both": normal(0, 14)}, (3,)),
+}
+
+
+def operator_of(name):
+    model, params, shape = (MODELS | OF_ONE_LEAF)[name]
     inputs = normal(8, N, *shape)
     outputs = jax.vmap(model, (None, 0))(params, inputs)
-    batch = inputs, jnp.zeros_like(outputs)
-    operator = joined(model, params, batch)
-    assert isinstance(operator.blocks["bias"][0], BiasBlock)
-    vector = jax.tree.map(lambda x: normal(9, *x.shape), params)
+    operator = joined(model, params, (inputs, jnp.zeros_like(outputs)))
+    return operator, jax.tree.map(lambda x: normal(9, *x.shape), params)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *OF_ONE_LEAF])
+def test_operators_of_joined_blocks_agree_with_their_matrix(name):
+    operator, vector = operator_of(name)
 
     def run(operator, vector):
         ravel, inverse = operator.space.ravel, operator.inverse(0.3)
@@ -164,14 +193,24 @@ def test_operators_of_joined_blocks_agree_with_their_matrix(name):
     found = jax.device_get(compiled(run)(operator, vector))
     (matrix, inverse), flat, product, diagonal, solved, inverted = found
     assert_close(matrix, matrix.T)
-    assert np.linalg.norm(matrix[: params["bias"].size, params["bias"].size :]) > 0
     assert_close(product, matrix @ flat)
     assert_close(diagonal, np.diagonal(matrix))
     assert_close(solved, np.linalg.solve(matrix + 0.3 * np.eye(len(matrix)), flat))
     assert_close(inverted, inverse @ flat)
-    # A bias is met by 1 in every place.
-    (block,) = operator.blocks["kernel"]
-    assert_close(block.a[:, -1, -1], jnp.ones(len(block.a)))
+
+
+@pytest.mark.parametrize("name", [*MODELS, *OF_ONE_LEAF])
+def test_a_bias_is_met_by_one_in_every_place(name):
+    operator, vector = operator_of(name)
+    blocks = jax.tree.leaves(operator.blocks, is_leaf=lambda x: isinstance(x, Block | BiasBlock))
+    rows = [block for block in blocks if not isinstance(block, BiasBlock)]
+    assert len(blocks) == 2 * len(rows)
+    for block in rows:
+        assert block.bias is not None
+        assert_close(block.a[:, -1, -1], jnp.ones(len(block.a)))
+    if "bias" in vector:
+        matrix, size = operator.dense(), vector["bias"].size
+        assert np.linalg.norm(matrix[:size, size:]) > 0
 
 
 @pytest.mark.parametrize("name", MODELS)
