@@ -54,9 +54,9 @@ def sweep(
     Returns:
       ``sweep(params, (inputs, targets), *further, weights=None, key=None)``: a dict of the "loss"
       and the quantities. Inputs, targets, further inputs and the `weights` of examples, shape (N,),
-      have a leading axis of N examples. An example of weight zero is gone through as well: its
-      numbers must be finite, as those of padding are. The key is for the model, if it takes one, and for
-      quantities that sample. It may be jit-ted, and mapped over by `vmap`.
+      have a leading axis of N examples. One of weight zero is gone through as well: its numbers
+      must be finite. The key is for the model, if it takes one, and for quantities that sample. It
+      may be jit-ted, and mapped over by `vmap`.
 
     Raises:
       ValueError: for a batch whose leading axes differ, a loss that is no scalar, or a missing key.

@@ -131,7 +131,7 @@ def _numbered(var: Var) -> np.ndarray:
 def _is_layout(eqn: Equation) -> bool:
     """Whether an equation moves the elements of its one operand, or repeats them."""
     name = eqn.primitive.name
-    return eqn.rule is None and name in LAYOUTS and name != "split"
+    return eqn.rule is None and name in LAYOUTS and name not in ("split", "unstack")
 
 
 def _moved(array: np.ndarray, eqn: Equation) -> np.ndarray:
@@ -142,7 +142,10 @@ def _moved(array: np.ndarray, eqn: Equation) -> np.ndarray:
         for axis, size in zip(params["broadcast_dimensions"], array.shape, strict=True):
             shape[axis] = size
         return np.broadcast_to(array.reshape(shape), params["shape"])
-    return LAYOUTS[eqn.primitive.name](array.copy(), params)
+    if eqn.primitive.name == "reshape":  # of a copy, where it is no view
+        order = params["dimensions"]
+        return (array if order is None else array.transpose(order)).reshape(params["new_sizes"])
+    return LAYOUTS[eqn.primitive.name](array, params)
 
 
 def _compact(index: np.ndarray) -> np.ndarray:

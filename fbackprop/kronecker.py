@@ -250,7 +250,7 @@ def block_of_sites(
       sharing: "expand" or "reduce".
       bias: what is added wherever the weight is used, to be one row more.
     """
-    n_places = most_places(sites)
+    n_places = max(most_places(sites), 1)  # of none the factors are zero
     into: list[Dense | OneHot] = [site.rows for site in sites]
     if bias is not None:
         into = [_with_one(p) for p in into]

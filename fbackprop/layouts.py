@@ -15,6 +15,11 @@ def reshaped(view: View, shape) -> View | None:
     return out if out.size == 0 or np.may_share_memory(out, view) else None
 
 
+def _reshaped(view: View, params) -> View | None:
+    order = params["dimensions"]
+    return reshaped(view if order is None else view.transpose(order), params["new_sizes"])
+
+
 def _sliced(view: View, params) -> View:
     strides = params["strides"] or (1,) * view.ndim
     bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
@@ -32,15 +37,26 @@ def _split(view: View, params) -> list[View]:
     return np.split(view, ends, axis=params["axis"])
 
 
+def _same(view: View, params) -> View:
+    return view
+
+
 LAYOUTS: dict[str, Callable] = {
     "transpose": lambda view, params: view.transpose(params["permutation"]),
-    "reshape": lambda view, params: reshaped(view, params["new_sizes"]),
+    "reshape": _reshaped,
     "squeeze": lambda view, params: view.squeeze(tuple(params["dimensions"])),
     "expand_dims": lambda view, params: np.expand_dims(view, tuple(params["dimensions"])),
     "broadcast_in_dim": _broadcast,
     "slice": _sliced,
     "split": _split,
     "rev": lambda view, params: np.flip(view, tuple(params["dimensions"])),
-    "copy": lambda view, params: view,
-    "convert_element_type": lambda view, params: view,
+    "unstack": lambda view, params: list(np.moveaxis(view, params["axis"], 0)),
+    "copy": _same,
+    "convert_element_type": _same,
+    "name": _same,
+    "sharding_constraint": _same,
+    "reshard": _same,
 }
+
+# Of several operands each has a result, the same.
+ONE_TO_ONE = ("optimization_barrier", "device_put")

@@ -113,7 +113,7 @@ class Weight(NamedTuple):
 # --- which uses have structure -------------------------------------------------------------------
 
 
-def _is_lookup(eqn: Equation) -> bool:
+def is_lookup(eqn: Equation) -> bool:
     """Whether a gather picks whole rows of a table.
 
     A `dynamic_slice` under `vmap` gives indices for all of the table's axes, of which those of a
@@ -143,7 +143,7 @@ STRUCTURED: dict[str, Callable[[Equation, int], bool]] = {
     "conv_general_dilated": lambda eqn, operand: (
         operand == 1 and eqn.params["batch_group_count"] == 1
     ),
-    "gather": lambda eqn, operand: operand == 0 and _is_lookup(eqn),
+    "gather": lambda eqn, operand: operand == 0 and is_lookup(eqn),
     "dynamic_slice": lambda eqn, operand: operand == 0 and _is_row(eqn),
 }
 
@@ -489,10 +489,15 @@ class _Call(_Inner):
 
 
 class _Branches(_Inner):
-    """`cond` and `switch`: what a branch not taken would have met is `untaken`."""
+    """`cond` and `switch`: what a branch not taken would have met is `untaken`.
+
+    Where the example says which is taken, all of them run: mapped over examples they would anyway,
+    with a copy of every weight for each example.
+    """
 
     def __init__(self, eqn, rules, moving, given):
         super().__init__(eqn)
+        self.chosen_by_data = given[0]
         programs = [program_of(jaxpr) for jaxpr in eqn.params["branches"]]
         self.parts = [separate(p, rules, moving[1:], given[1:]) for p in programs]
         self.adopted = [self._adopt(part, eqn.inputs[1:]) for part in self.parts]
@@ -517,6 +522,13 @@ class _Branches(_Inner):
             mine = [weights[i] for i in places]
             taken = list(itertools.islice(pieces, len(part.uses)))
             runs.append(lambda part=part, mine=mine, taken=taken: part.meet(mine, operands, taken))
+        if self.chosen_by_data:
+            found, met = zip(*(run() for run in runs), strict=True)
+            outs = [lax.select_n(index, *each) for each in zip(*found, strict=True)]
+            seen = [
+                lax.select(index == b, x, _untaken(x)) for b, part in enumerate(met) for x in part
+            ]
+            return outs, seen
         shapes = [jax.eval_shape(run)[1] for run in runs]
 
         def branch(b):
@@ -596,24 +608,26 @@ class _Scan(_Inner):
         fixed = [key for key in self.own if key not in varying]
         values = self.part.prepare([*consts, *kept, *(None for _ in xs)], fixed)
         weights = dict(zip(fixed, values, strict=True))
+        turning = [False] * len(kept)
         if any(self.part.depends(key, self.counted) for key in varying):
             _, given, _ = self._groups(self.given)
             turning = [not g and not u for g, u in zip(given, self.unchanged, strict=True)]
-            ends = [v for v, t in zip(body.outputs, turning, strict=False) if t]
 
-            def step(state, xs):
-                state = iter(state)
-                now = [next(state) if t else k for t, k in zip(turning, kept, strict=True)]
-                found = self.part.prepare([*consts, *now, *xs], [*ends, *varying])
-                return found[: len(ends)], found[len(ends) :]
+        def prepared(state, xs, keys):
+            state = iter(state)
+            now = [next(state) if t else k for t, k in zip(turning, kept, strict=True)]
+            return self.part.prepare([*consts, *now, *xs], keys)
 
+        states: list = []
+        if any(turning):  # a counter, mostly
             start = [c for c, t in zip(carry, turning, strict=True) if t]
-            _, values = lax.scan(step, start, xs, **self._options())
-        elif varying:
-            values = jax.vmap(lambda xs: self.part.prepare([*consts, *kept, *xs], varying))(xs)
-        else:
-            values = []
-        weights.update(zip(varying, values, strict=True))
+            ends = [v for v, t in zip(body.outputs, turning, strict=False) if t]
+            _, states = lax.scan(
+                lambda now, xs: (prepared(now, xs, ends), now), start, xs, **self._options()
+            )
+        if varying:
+            values = jax.vmap(lambda state, xs: prepared(state, xs, varying))(states, xs)
+            weights.update(zip(varying, values, strict=True))
         outs = [c if u else None for c, u in zip(carry, self.unchanged, strict=True)]
         outs += [None] * (len(self.data) - len(outs))
         return outs, {k: weights[key] for key, k in self.own.items()}

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fbackprop.layouts import LAYOUTS, View, reshaped
+from fbackprop.layouts import LAYOUTS, ONE_TO_ONE, View, reshaped
 from fbackprop.passes import activity
-from fbackprop.program import Program, Var
+from fbackprop.program import Program, Var, value_of
+from fbackprop.separate import is_lookup
 from fbackprop.sites import Layout
 from fbackprop.table import Rules
 
@@ -36,15 +38,23 @@ def origins(program: Program, rules: Rules, moving: tuple[bool, ...]):
     inputs = [(i, v) for i, (v, m) in enumerate(zip(program.inputs, moving, strict=True)) if m]
     leaves = {i: np.empty(v.aval.shape, np.int8) for i, v in inputs}
     known = {v: Origin(frozenset([i]), leaves[i]) for i, v in inputs}
+    constants = _Constants(program)
     for eqn in program.equations:
         found = [known[v] for v in eqn.inputs if isinstance(v, Var) and v in known]
         if not found:
             continue
+        if eqn.primitive.name in ONE_TO_ONE and eqn.rule is None:
+            pairs = zip(eqn.inputs, eqn.outputs, strict=True)
+            known.update((out, known[v]) for v, out in pairs if isinstance(v, Var) and v in known)
+            continue
         behind = frozenset().union(*(origin.leaves for origin in found))
         layout = LAYOUTS.get(eqn.primitive.name) if eqn.rule is None else None
         views: Any = None
-        if layout and found[0].view is not None and isinstance(eqn.inputs[0], Var):
-            views = layout(found[0].view, eqn.params)
+        view = found[0].view if isinstance(eqn.inputs[0], Var) else None
+        if layout and view is not None:
+            views = layout(view, eqn.params)
+        elif view is not None and eqn.primitive.name == "gather" and is_lookup(eqn):
+            views = _rows(view, constants.value(eqn.inputs[1]), eqn.out_avals[0].shape)
         views = views if isinstance(views, list) else [views] * len(eqn.outputs)
         for v, view in zip(eqn.outputs, views, strict=True):
             if v in flow.variables:
@@ -54,6 +64,42 @@ def origins(program: Program, rules: Rules, moving: tuple[bool, ...]):
     nowhere = Origin(frozenset(), None)
     outs = [known.get(v, nowhere) if isinstance(v, Var) else nowhere for v in program.outputs]
     return outs, leaves
+
+
+class _Constants:
+    """The values in a program that depend on none of its inputs, computed as they are asked for."""
+
+    def __init__(self, program: Program):
+        self._known = {v: value_of(x) for v, x in program.constants}
+        self._known |= dict.fromkeys(program.inputs)
+        self._makers = {v: eqn for eqn in program.equations for v in eqn.outputs}
+
+    def value(self, v):
+        """The value of a variable; None if it is not known."""
+        if not isinstance(v, Var):
+            return v.val
+        if v not in self._known:
+            eqn = self._makers[v]
+            operands = [self.value(x) for x in eqn.inputs]
+            outs = [None] * len(eqn.outputs)
+            if not any(x is None for x in operands):
+                with jax.ensure_compile_time_eval():
+                    outs = eqn.bind(*operands)
+            self._known.update(zip(eqn.outputs, outs, strict=True))
+        return self._known[v]
+
+
+def _rows(view: View, indices, shape) -> View | None:
+    """What a lookup takes of a table, if the rows are known, evenly spaced and in range."""
+    if indices is None or np.size(indices) == 0:
+        return None
+    rows = np.asarray(indices)[..., 0].reshape(-1).astype(np.int64)
+    steps = np.unique(np.diff(rows))
+    if len(steps) > 1 or 0 in steps or not 0 <= min(rows) <= max(rows) < len(view):
+        return None
+    step = int(steps[0]) if len(steps) else 1
+    end = int(rows[-1]) + step
+    return reshaped(view[int(rows[0]) : end if end >= 0 else None : step], shape)
 
 
 Run = tuple[tuple[int, int], ...]  # sizes and strides

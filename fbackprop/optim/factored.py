@@ -157,8 +157,8 @@ def kfac(
 
     (sections 6.4 and 7). With one, it is −ηΔ + momentum · δ₀. Every few steps λ is shrunk where the
     loss fell by more than 3/4 of what M had promised, and grown where it was less than 1/4 of it
-    (section 6.5), but not below 32²/N² times the mean eigenvalue of the averaged factors' matrix. Of
-    a batch with weights, N is (Σw)²/Σw².
+    (section 6.5), but not below 32²/N² times the mean eigenvalue of the averaged factors' matrix.
+    With weights, N is (Σw)²/Σw².
 
     M is of an eighth of the batch, or 128 examples if that is more, its slope as well as its
     curvature, with what other transformations have added to the gradient; of the whole batch where

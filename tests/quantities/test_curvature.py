@@ -284,6 +284,10 @@ def test_what_is_flat_has_no_curvature():
     assert_close(found, jnp.mean(case.batch[0] ** 2, axis=0)[:, None] * jnp.ones((1, 3)))
 
 
+def still(w):
+    return jax.lax.stop_gradient(jnp.max(w))
+
+
 straight_through = jax.custom_jvp(jnp.sign)
 straight_through.defjvp(lambda x, t: (straight_through(x[0]), t[0]))
 
@@ -312,6 +316,8 @@ sine.defvjp(lambda x: (jnp.sin(x), jnp.cos(x)), lambda slope, ct: (slope * ct,))
         (None, lambda w, x: x * straight_through(w)),
         (None, lambda w, x: clipped(x * w) + jax.nn.relu6(x * w) + jnp.abs(w)),
         (None, lambda w, x: x * jnp.fft.rfft(w).real[0]),
+        (None, lambda w, x: jnp.tile(jnp.stack([x * w, w]), 2).max(0)[:3] + lax.cummax(w)),
+        (None, lambda w, x: w * lax.while_loop(lambda s: s < 9, lambda s: 2 * s, still(w))),
         ("mul", lambda w, x: x * straight_through(w) * w),
         ("mul", lambda w, x: x * jnp.mean(jnp.abs(w)) * straight_through(w)),
         ("custom_vjp_call", lambda w, x: sine(x * w)),

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from naive import assert_close
 from zoo import Case, normal
 
@@ -129,3 +130,65 @@ def test_convolutions(spec):
         return lax.conv_general_dilated(x, w, dimension_numbers=names, **settings)
 
     check(model, w, x)
+
+
+# --- what leaves a weight where it lies -----------------------------------------------------------
+
+ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+REARRANGED = {
+    "transposed by reshape": lambda w, x: x @ w[:, 0] + x @ lax.reshape(w[:, 0], (3, 3), (1, 0)),
+    "reshaped in another order": lambda w, x: x @ lax.reshape(w[:, 0], (3, 3), (1, 0)),
+    "unstacked": lambda w, x: sum(jnp.tanh(x @ row) for row in jnp.unstack(w, axis=1)),
+    "named": lambda w, x: x @ checkpoint_name(w, "w")[:, 0],
+    "behind a barrier": lambda w, x: x @ lax.optimization_barrier((w[0], w[1]))[1].T,
+    "put on a device": lambda w, x: x @ jax.device_put(w, jax.devices()[0])[:, 1],
+    "sharded": lambda w, x: x @ lax.with_sharding_constraint(w, ONE_DEVICE)[:, 0],
+    "by a loop's number": lambda w, x: lax.fori_loop(
+        0, 2, lambda i, h: jnp.tanh(h @ w.swapaxes(0, 1)[i]), x
+    ),
+    "from the last on": lambda w, x: lax.scan(
+        lambda h, i: (jnp.tanh(h @ w.swapaxes(0, 1)[1 - i]), None), x, jnp.arange(2)
+    )[0],
+    "by a number of the data": lambda w, x: jax.lax.cond(
+        x[0] > 0, lambda: x @ w[:, 0], lambda: jnp.tanh(x @ w[:, 1])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REARRANGED)
+def test_a_weight_that_was_rearranged_has_its_structure(name):
+    model = REARRANGED[name]
+    w, x = normal(jax.random.key(1), 3, 2, 3), normal(jax.random.key(0), N, 3, scale=1)
+    check(model, w, x)
+    (leaf,) = fb.explain_sites(model, w, x[0]).leaves
+    assert not leaf.formed and "product" in leaf.uses[0]
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 2], [0, 2, 1], [3, 0, 1]])
+def test_rows_that_repeat_or_are_in_no_order_are_right(rows):
+    def model(w, x):
+        return lax.scan(lambda h, i: (jnp.tanh(h @ w[i]), None), x, jnp.array(rows))[0]
+
+    check(model, normal(jax.random.key(1), 3, 2, 2), normal(jax.random.key(0), N, 2, scale=1))
+
+
+def test_no_copy_of_a_weight_for_each_example():
+    """Neither where the example chooses it, nor where a loop does by its number."""
+    size, n = 64, 32
+    layers = {
+        "cond": lambda w, x: lax.cond(x[0] > 0, lambda: x @ w[0], lambda: x @ w[1]),
+        "loop": lambda w, x: lax.fori_loop(0, 2, lambda i, h: jnp.tanh(h @ w[i]), x),
+    }
+    w, batch = jnp.ones((2, size, size)), (jnp.ones((n, size)),) * 2
+    for model in layers.values():
+        run = fb.sweep(model, fb.losses.squared_error, norms=fb.ExampleNorms(), g=fb.Gradient())
+        memory = jax.jit(run).lower(w, batch).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < n * w.nbytes / 4
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_factors_of_a_weight_that_no_place_meets_are_zero(sharing):
+    factors = fb.sweep(
+        lambda w, x: (x @ w).sum(0), fb.losses.squared_error, k=fb.Kronecker(sharing=sharing)
+    )(jnp.ones((3, 2)), (jnp.ones((4, 0, 3)), jnp.zeros((4, 2))))["k"]
+    assert_close(fb.KroneckerFactors(factors).dense(), jnp.zeros((6, 6)))
