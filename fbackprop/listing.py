@@ -35,7 +35,7 @@ def listing(steps: Sequence[Step]) -> str:
 def _rows(steps: Sequence[Step], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, ...]]:
     for number, step in enumerate(steps, start=1):
         times = f" x{step.loop.length}" if step.loop else ""
-        kept = None not in step.results
+        kept = all(x is not None for x in step.results)
         yield (
             f"{prefix}{number}",
             "  " * depth + step.label + times,
@@ -55,7 +55,7 @@ def _cotangent(x) -> str:
         return NOTHING
     if not has_value(x) or _shown(x):
         return _value(x)
-    return f"norm {np.linalg.norm(np.asarray(x).astype(_wide(x))):.4g}"
+    return f"norm {np.linalg.norm(np.asarray(x).astype(np.promote_types(_wide(x), float))):.4g}"
 
 
 def _shown(x) -> bool:

@@ -10,6 +10,7 @@ min-cut partitioner; Ford and Fulkerson 1956 for the theorem).
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 
@@ -63,7 +64,9 @@ def _saves(decision) -> bool:
 
 
 def nbytes(v: Var) -> int:
-    return int(np.prod(v.aval.shape, dtype=np.int64)) * getattr(v.aval.dtype, "itemsize", 4)
+    """Of an axis of symbolic length, as `jax.export` has them, as of a thousand."""
+    lengths = (n if isinstance(n, int) else 1000 for n in v.aval.shape)
+    return math.prod(lengths) * getattr(v.aval.dtype, "itemsize", 4)
 
 
 def choose(

@@ -499,6 +499,16 @@ class _WatchingTrace(core.Trace):
         subfuns = (fun, fwd, bwd)
         return self._apply(lambda *xs: primitive.bind(*xs, subfuns=subfuns, **params), args)
 
+    def process_shard_map(self, primitive, fun, args, /, **params):
+        trees = []
+
+        def run(*xs):
+            trees.append(primitive.bind(*xs, subfuns=(fun,), **params))
+            return list(trees[-1])
+
+        outs = self._apply(run, args)
+        return trees[-1].update(outs)
+
     def _record_jvp(self, jvp, args, name, symbolic_zeros):
         """Run a user's forward-mode rule on values; note the equations of its tangents."""
         values = self._values(args)
@@ -863,6 +873,15 @@ def bodies(eqn: Equation) -> tuple[Program, ...]:
     """The programs that an equation holds: of calls, loops, branches."""
     leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
     return tuple(program_of(leaf) for leaf in leaves if _is_jaxpr(leaf))
+
+
+@memoized
+def holds(program: Program, name: str) -> bool:
+    """Whether an equation of this name is in a program, or in one that its equations hold."""
+    return any(
+        eqn.primitive.name == name or any(holds(body, name) for body in bodies(eqn))
+        for eqn in program.equations
+    )
 
 
 def _is_jaxpr(x) -> bool:  # before JAX 0.12 there are open and closed ones

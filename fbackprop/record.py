@@ -459,10 +459,12 @@ def _sizes(x: jax.Array, rank: int) -> _Sizes:
     x = jnp.abs(x.astype(jnp.float32) if narrow or not is_inexact(type_of(x)) else x)
     axes = tuple(range(x.ndim - rank, x.ndim))
     count = max(1, math.prod(x.shape[axis] for axis in axes))
-    squares = jnp.sum(x**2, axes)
+    largest = jnp.max(x, axes, initial=0)
+    unit = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)  # squares leave the range
+    squares = jnp.sum((x / jnp.expand_dims(unit, axes)) ** 2, axes)
     return _Sizes(
-        jnp.sqrt(squares),
-        jnp.sqrt(squares / count),
-        jnp.max(x, axes, initial=0),
+        unit * jnp.sqrt(squares),
+        unit * jnp.sqrt(squares / count),
+        largest,
         jnp.sum(x == 0, axes) / count,
     )

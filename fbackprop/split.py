@@ -21,6 +21,7 @@ from fbackprop.program import (
     Var,
     cotangent_aval,
     evaluate,
+    holds,
     program_of,
     prune,
     trace_jaxpr,
@@ -67,6 +68,8 @@ class Split:
       places: for each of them where it comes from, ("input", i), ("output", i), ("extra", i) or
         ("invariant", variable).
       extras: those among them that are not free, and so become further results.
+      as_it_stands: whether the program serves for its forward half. Not with a `custom_vjp` call
+        in it: forward mode goes through the rule's forward half, and not through the function.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Split:
         wanted = [v for v in self._leaves if isinstance(v, Var)]
         self.kept = choose(body, wanted, places, recompute or recomputable(rules.policy, body))
         self.extras = [v for v in self.kept if v not in places]
+        self.as_it_stands = not self.extras and not holds(program, "custom_vjp_call")
         places.update((v, ("extra", i)) for i, v in enumerate(self.extras))
         self.places = [places[v] for v in self.kept]
         self._again = steps_between(body, self.kept, wanted)

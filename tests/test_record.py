@@ -503,6 +503,16 @@ def test_statistics_in_low_precision_and_of_nothing():
     assert not np.isnan(jax.tree.leaves(empty)).any()
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_norms_of_numbers_whose_squares_leave_the_range(size):
+    f = lambda x: jnp.sum(name(x) * size)  # noqa: E731
+    found = record(f)(jnp.full(4, size)).statistics()["v"]
+    assert float(found.value_norm) == pytest.approx(2 * size)
+    assert float(found.value_rms) == float(found.signal_rms) == pytest.approx(size)
+    printed = str(record(f)(jnp.ones((30, 30))))
+    assert f"norm {30 * size:.4g}" in printed
+
+
 def test_a_name_in_and_out_of_a_loop_is_refused():
     """Though the shapes agree: an axis of iterations is no axis of the value."""
 
@@ -533,6 +543,7 @@ def test_printed():
         return jnp.sum(y[0]) * 2
 
     lines = str(record(f)(X)).splitlines()
+    assert str(jax.device_get(record(f)(X))).splitlines() == lines
     assert lines[0].split() == ["step", "primitive", "result", "cotangent", "line"]
     cells = [re.split(r"\s{2,}", line) for line in lines[1:]]
     labels = [["1", "jit:<lambda>"], ["1.1", "sin"], ["1.2", "dot_general"]]

@@ -247,6 +247,83 @@ def test_references():
     assert outside[...] == 10.0
 
 
+@jax.custom_vjp
+def ruled(x):
+    return jnp.sin(x)
+
+
+ruled.defvjp(lambda x: (jnp.sin(x), x), lambda x, ct: (ct * jnp.cos(x),))
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [jax.jit(ruled), jax.jit(jax.jit(ruled)), jax.checkpoint(ruled), lambda x: lax.map(ruled, x)],
+    ids=["jit", "nested", "checkpoint", "loop"],
+)
+def test_forward_over_reverse_goes_through_a_rules_forward_half(wrapped):
+    """The function itself has no forward mode."""
+
+    def f(x):
+        return jnp.sum(wrapped(x) ** 2)
+
+    x = jnp.arange(1.0, 4.0)
+    _, product = jax.jvp(fb.grad(f), (x,), (x,))
+    assert_close(product, 2 * jnp.cos(2 * x) * x, scale=10)
+
+
+def test_quotients_do_not_leave_the_range_of_a_narrow_dtype():
+    """Scaled losses are what narrow dtypes are trained with."""
+    half = jnp.float16
+    for f, y, expected in [
+        (lambda y: half(4) / y * half(32768), 2.0, -32768.0),
+        (lambda y: jnp.sum(jnp.full(8, 100, half) / y) * half(1024), 50.0, -327.7),
+        (lambda y: half(1e-3) / y * half(1e-5), 1e-2, -1e-4),
+    ]:
+        assert float(fb.grad(f)(half(y))) == pytest.approx(expected, rel=3e-3)
+
+
+def windowed(w, x):
+    return lax.reduce_window(jnp.sin(x * w), 0.0, lax.add, (1, 2), (1, 1), "SAME")
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda w, x: jnp.std(x * w),
+        lambda w, x: jax.checkpoint(lambda y: jnp.sin(y * w))(x),
+        lambda w, x: lax.scan(lambda c, y: (jnp.sin(c + y * w), None), jnp.zeros(3), x)[0],
+        lambda w, x: jnp.abs(jnp.fft.rfft(x * w)) ** 2,
+        lambda w, x: jax.vmap(fb.losses.softmax_cross_entropy)(x * w, jnp.zeros(x.shape[0], int)),
+        windowed,
+    ],
+    ids=["std", "checkpoint", "scan", "fft", "loss", "window"],
+)
+def test_exports_with_a_symbolic_batch_size(f):
+    (n,) = jax.export.symbolic_shape("n")
+    types = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((n, 3), jnp.float32)
+    gradient = jax.jit(fb.grad(lambda w, x: jnp.sum(f(w, x))))
+    exported = jax.export.export(gradient)(*types)
+    assert_close(exported.call(jnp.float32(0.7), X), gradient(jnp.float32(0.7), X), scale=10)
+
+
+def test_a_look_at_values_beside_a_shard_map():
+    """And a mistake within one is told as the user's."""
+    mesh = two_devices()
+
+    def mapped(f):
+        specs = {"in_specs": (P(), P("i")), "out_specs": P("i")}
+        return jax.shard_map(f, mesh=mesh, **specs)
+
+    def f(w):
+        y = mapped(lambda w, x: jnp.tanh(x @ w))(w, X)
+        return jnp.sum(y) * (2.0 if w[0, 0] > 0 else 1.0)
+
+    w = jnp.linspace(0.1, 1.0, 6).reshape(3, 2)
+    assert_close(fb.grad(f)(w), jax.grad(f)(w), scale=10)
+    with pytest.raises(TypeError, match="dot_general requires contracting dimensions"):
+        fb.grad(lambda w: jnp.sum(mapped(lambda w, x: x @ w.T)(w, X)))(w)
+
+
 @pytest.mark.parametrize("jit", [lambda g: g, jax.jit])
 def test_explicitly_sharded_arrays(jit):
     mesh = two_devices(AxisType.Explicit)

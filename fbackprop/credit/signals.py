@@ -127,19 +127,22 @@ def quantised(*names: Any, key: jax.Array, bits: int = 8) -> dict:
 
     Args:
       *names: keys; by default every product and convolution, whose arriving signal is rounded.
-      key: a `jax.random.key`. It is folded with the bits of the signal, so that equations, loops'
-        iterations and mapped examples round independently.
-      bits: at least 2.
+      key: a `jax.random.key`. It is folded with the bits of the signal: equations, loops'
+        iterations and mapped examples round independently where their signals differ, and alike
+        where these are equal.
+      bits: at least 2. Of a dtype with fewer digits the result is rounded once more, to nearest.
     """
     if not 2 <= bits <= 24:
         raise ValueError(f"bits={bits}: give from 2 to 24")
     levels = 2 ** (bits - 1) - 1
 
     def rounded(key, ct):
-        scale = jnp.max(jnp.abs(ct)) / levels
-        u = jax.random.uniform(_salted(key, ct), ct.shape, ct.dtype)
-        safe = jnp.where(scale > 0, scale, jnp.ones_like(scale))
-        return scale * jnp.floor(ct / safe + u)
+        wide = ct.astype(jnp.promote_types(ct.dtype, jnp.float32))
+        scale = jnp.max(jnp.abs(wide)) / levels
+        u = jax.random.uniform(_salted(key, ct), ct.shape, wide.dtype)
+        steps = wide / jnp.where(scale > 0, scale, 1)
+        whole = jnp.floor(steps)
+        return (scale * (whole + (u < steps - whole))).astype(ct.dtype)
 
     def rule(key, ct, default):
         return default(rounded(key, ct))

@@ -60,8 +60,10 @@ class Inline(Rule):
 
     def forward(self, rules, eqn, active, values):
         split = self._split(rules, eqn, active)
-        # With nothing to add, the forward half is the call as it stands.
-        results = self.run(eqn, split.forward, values) if split.extras else eqn.bind(*values)
+        if split.as_it_stands:
+            results = eqn.bind(*values)
+        else:
+            results = self.run(eqn, split.forward, values)
         n = len(eqn.outputs)
         return results[:n], split.gather(values, results[:n], results[n:])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from jax import lax
 
-from fbackprop.program import primitive
+from fbackprop.program import primitive, type_of
 from fbackprop.table import LocalRule, fit, joint, register, row, zero
 
 # --- arithmetic -----------------------------------------------------------------------------------
@@ -51,10 +51,12 @@ row(
 )
 
 
-def _denominator(ct, x, y, eqn):
+def _denominator(ct, y, out, eqn):
+    # By the quotient, which is in the dtype's range where 1/y² need not be.
+    if eqn.in_avals[1].shape == ct.shape:
+        return lax.neg(lax.mul(lax.div(ct, y), out))
     # A denominator is often smaller than its numerator (a softmax's sum): sum first, then scale.
-    total = fit(lax.mul(ct, x), eqn.in_avals[1], eqn)
-    return lax.neg(lax.mul(total, lax.integer_pow(y, -2)))
+    return lax.neg(lax.div(fit(lax.mul(ct, out), eqn.in_avals[1], eqn), y))
 
 
 row("div", lambda ct, y: lax.div(ct, y), _denominator)
@@ -222,7 +224,7 @@ def _convert_element_type(ct, eqn):
         wanted.dtype, np.complexfloating
     ):
         ct = lax.real(ct)
-    if (ct.dtype, eqn.params["weak_type"]) == (wanted.dtype, wanted.weak_type):
+    if (ct.dtype, type_of(ct).weak_type) == (wanted.dtype, wanted.weak_type):
         return ct
     options = {**eqn.params, "new_dtype": wanted.dtype, "weak_type": wanted.weak_type}
     return eqn.primitive.bind(ct, **options)

@@ -23,6 +23,11 @@ def _multiplicity(length: int) -> np.ndarray:
     return counts
 
 
+def _along(counts: np.ndarray, spectrum):
+    """Numbers for the last axis of a spectrum, like it."""
+    return lax.broadcast_in_dim(counts.astype(spectrum.dtype), spectrum.shape, (spectrum.ndim - 1,))
+
+
 @joint("fft")
 def _fft(ct, eqn):
     kind, lengths = eqn.params["fft_type"], eqn.params["fft_lengths"]
@@ -31,9 +36,8 @@ def _fft(ct, eqn):
     counts = _multiplicity(lengths[-1])
     size = math.prod(lengths)
     if kind.name == "RFFT":
-        counts = np.broadcast_to(counts.astype(ct.dtype), ct.shape)
+        counts = _along(counts, ct)
         inverse = lax.fft(lax.div(lax.conj(ct), counts), lax.FftType.IRFFT, lengths)
         return lax.mul(inverse, lax.full_like(inverse, size))
     spectrum = lax.conj(lax.fft(ct, lax.FftType.RFFT, lengths))
-    counts = np.broadcast_to((counts / size).astype(spectrum.dtype), spectrum.shape)
-    return lax.mul(spectrum, counts)
+    return lax.mul(spectrum, _along(counts / size, spectrum))

@@ -70,7 +70,9 @@ class Scan(Rule):
         split = self._split(rules, eqn, active)
         n_consts, n_carry = scan_counts(eqn.params)
         n = len(eqn.outputs)
-        if split.extras:
+        if split.as_it_stands:
+            results = eqn.bind(*values)
+        else:
             consts, carry, xs = _groups(values, n_consts, n_carry)
 
             def step(carry, xs):
@@ -79,8 +81,6 @@ class Scan(Rule):
 
             last, stacked = lax.scan(step, carry, xs, **_options(eqn, eqn.params["reverse"]))
             results = [*last, *stacked]
-        else:
-            results = eqn.bind(*values)
         return results[:n], split.gather(values, results[:n], results[n:])
 
     def pullback(self, rules, eqn, active, kept, cts):
@@ -131,7 +131,9 @@ class Scan(Rule):
 
 
 def _options(eqn, reverse: bool) -> dict:
-    return {"length": eqn.params["length"], "unroll": eqn.params["unroll"], "reverse": reverse}
+    options = {"unroll": eqn.params["unroll"], "reverse": reverse}
+    length = eqn.params["length"]
+    return {**options, "length": length} if isinstance(length, int) else options  # or a symbol
 
 
 class While(Rule):

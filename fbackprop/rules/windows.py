@@ -14,8 +14,9 @@ from fbackprop.table import joint, row
 
 
 def _spread(sizes, dilation):
-    sizes = np.array(sizes, dtype=np.int64)
-    return np.where(sizes == 0, 0, (sizes - 1) * np.array(dilation, dtype=np.int64) + 1)
+    """Sizes with gaps between their elements; they may be symbols."""
+    pairs = zip(sizes, dilation, strict=True)
+    return [0 if size == 0 else (size - 1) * gap + 1 for size, gap in pairs]
 
 
 def _reduce_window_sum(ct, eqn):
@@ -23,11 +24,14 @@ def _reduce_window_sum(ct, eqn):
     p = eqn.params
     shape = eqn.in_avals[0].shape
     window = _spread(p["window_dimensions"], p["window_dilation"])
-    low = window - 1 - np.array([low for low, _ in p["padding"]], dtype=np.int64)
-    result = _spread(ct.shape, p["window_strides"])
-    high = _spread(shape, p["base_dilation"]) + window - 1 - result - low
+    lows = [size - 1 - low for size, (low, _) in zip(window, p["padding"], strict=True)]
+    ends = zip(
+        _spread(shape, p["base_dilation"]), window, _spread(ct.shape, p["window_strides"]), lows,
+        strict=True,
+    )  # fmt: skip
+    highs = [before + size - 1 - after - low for before, size, after, low in ends]
     config = [
-        (int(a), int(b), s - 1) for a, b, s in zip(low, high, p["window_strides"], strict=True)
+        (low, high, s - 1) for low, high, s in zip(lows, highs, p["window_strides"], strict=True)
     ]
     return primitive("reduce_window_sum").bind(
         lax.pad(ct, lax.full_like(ct, 0, shape=()), config),

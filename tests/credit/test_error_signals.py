@@ -124,6 +124,20 @@ def test_quantised_signals_are_right_in_the_mean_and_on_the_grid():
         fb.credit.quantised(key=jax.random.key(0), bits=1)
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [(jnp.float16, 8), (jnp.bfloat16, 5)])
+def test_narrow_signals_are_right_in_the_mean(dtype, bits):
+    full = jnp.array([0.3, 0.7, -0.21, 0.013], dtype)
+
+    def sample(key):
+        rules = fb.credit.quantised("h", key=key, bits=bits)
+        return fb.grad(lambda h: jnp.sum(checkpoint_name(h, "h") * full), rules=rules)(0 * full)
+
+    got = jax.jit(jax.vmap(sample))(jax.random.split(jax.random.key(0), 10000))
+    bias = jnp.abs(got.astype(jnp.float32).mean(0) - full.astype(jnp.float32))
+    step = 0.7 / (2 ** (bits - 1) - 1)
+    assert jnp.all(bias < 0.02 * step)  # 0.005 is the standard error
+
+
 def test_products_round_independently_in_loops():
     """A key is folded with the signal, so iterations do not share their noise."""
 
