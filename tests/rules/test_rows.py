@@ -420,6 +420,9 @@ def test_at_special_values(name):
     args = [jnp.asarray(g.ravel(), jnp.float32) for g in grid]
     if name == "acosh":  # left of its domain some releases of JAX give its NaN a finite slope
         args = [jnp.where(args[0] < 1, 1.0, args[0])]
+    if name == "div":  # JAX's 1/y² leaves the range before the result does
+        x, y = args
+        args = [x, jnp.where(jnp.isfinite(y), jnp.sign(y) * jnp.sqrt(jnp.abs(y)), y)]
     ones = jnp.ones_like(args[0])
     ours, theirs = (lib.vjp(f, *args)[1](ones) for lib in (fb, jax))
     for a, b in zip(ours, theirs, strict=True):
@@ -492,7 +495,8 @@ def test_second_order(name):
     def penalty(grad):
         def total(*args):
             leaves = jax.tree.leaves(f(*args))
-            return sum(jnp.sum(y * y) for y in leaves if jnp.issubdtype(y.dtype, jnp.inexact))
+            moving = (y for y in leaves if jnp.issubdtype(y.dtype, jnp.inexact))
+            return sum(jnp.sum(y * y + y) for y in moving)  # of a root the first alone is linear
 
         return jax.jit(grad(lambda *args: jnp.sum(jnp.sin(grad(total)(*args)))))
 
