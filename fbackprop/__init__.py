@@ -1,9 +1,10 @@
 """A second, readable reverse mode for JAX: backpropagation that can be checked, read and changed.
 
->>> import jax.numpy as jnp
->>> import fbackprop as fb
->>> float(fb.grad(jnp.sin)(0.0))
-1.0
+Examples:
+  >>> import jax.numpy as jnp
+  >>> import fbackprop as fb
+  >>> float(fb.grad(jnp.sin)(0.0))
+  1.0
 """
 
 from fbackprop import credit as credit

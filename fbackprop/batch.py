@@ -62,7 +62,7 @@ def sweep(
       ValueError: for a batch whose leading axes differ, a loss that is no scalar, or a missing key.
       TypeError: for what is no quantity, or parameters that are not real arrays.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> def model(w, x):
       ...     return w @ x

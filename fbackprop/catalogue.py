@@ -82,7 +82,7 @@ class Coverage(tuple[PrimitiveCoverage, ...]):
 def coverage() -> Coverage:
     """How every primitive of this JAX goes backward, rules of the user's own included.
 
-    Example:
+    Examples:
       >>> import fbackprop as fb
       >>> rows = {row.primitive: row for row in fb.coverage()}
       >>> rows["sin"].kind, rows["sin"].where

@@ -99,7 +99,7 @@ def check_grads(f: Callable, *args, samples: int = 16, seed: int = 0) -> Gradien
     Raises:
       ValueError: if no argument is floating point.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> fb.check_grads(lambda x: jnp.sum(jnp.tanh(x)), jnp.arange(3.0)).ok
       True

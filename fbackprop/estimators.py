@@ -141,7 +141,7 @@ def trace(
     Returns:
         An `Estimate`, a scalar.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> scale = jnp.array([1.0, 2.0, 4.0])
         >>> trace(lambda v: scale * v, scale, jax.random.key(0), method="hutchinson").value.item()
@@ -186,7 +186,7 @@ def diagonal(operator: Any, like: Any, key: jax.Array, samples: int = 30) -> Est
     Returns:
         An `Estimate` of trees like ``like``.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> scale = {"w": jnp.array([1.0, 2.0]), "b": jnp.array(4.0)}
         >>> found = diagonal(lambda v: jax.tree.map(jnp.multiply, scale, v), scale,
@@ -233,7 +233,7 @@ def top_eigenpairs(
         `Eigenpairs`, the largest first. They are converged where ``residuals`` are small compared
         with the largest eigenvalue; elsewhere take more iterations.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> scale = jnp.array([1.0, 4.0, 2.0])
         >>> found = top_eigenpairs(lambda v: scale * v, scale, jax.random.key(0), 2)
@@ -293,7 +293,7 @@ def spectral_density(
     Returns:
         A `SpectralDensity`: nodes and weights, to smooth on a grid or to take means over.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> scale = jnp.array([1.0, 1.0, 1.0, 5.0])
         >>> found = spectral_density(lambda v: scale * v, scale, jax.random.key(0), iterations=2)
@@ -333,7 +333,7 @@ def log_determinant(
         An `Estimate`, a scalar; NaN where A + δI has turned out not to be positive definite. The
         standard error does not include the quadrature's error: see `SpectralDensity.mean`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> scale = jnp.array([1.0, 3.0, 7.0])
         >>> found = log_determinant(lambda v: scale * v, scale, jax.random.key(0), damping=1.0)

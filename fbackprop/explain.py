@@ -86,7 +86,7 @@ def explain_sites(model: Callable, params, x, *further) -> SitesReport:
     Returns:
       What was printed, as data.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> def model(p, x):
       ...     return p["w"] @ x + p["b"]

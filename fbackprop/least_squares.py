@@ -103,7 +103,7 @@ def least_squares(
         ValueError: parameters or residuals are empty or not real floating point, ``max_steps`` is
             no whole number from 1 up, or a tolerance is below zero.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> x = jnp.arange(5.0)
         >>> y = 3.0 * jnp.exp(-0.5 * x)

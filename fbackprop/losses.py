@@ -34,7 +34,7 @@ def squared_error(prediction: ArrayLike, target: ArrayLike) -> jax.Array:
     Raises:
         ValueError: prediction and target differ in shape.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> squared_error(jnp.array([1.0, 2.0]), jnp.array([0.0, 4.0])).item()
         2.5
@@ -69,7 +69,7 @@ def softmax_cross_entropy(logits: ArrayLike, target: ArrayLike) -> jax.Array:
     Raises:
         ValueError: the logits have no class axis, or the target's shape or dtype fits neither form.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> logits = jnp.array([0.0, jnp.log(3.0)])
         >>> round(softmax_cross_entropy(logits, 1).item(), 4)  # -log(3/4)
@@ -116,7 +116,7 @@ def sigmoid_binary_cross_entropy(logits: ArrayLike, targets: ArrayLike) -> jax.A
     Raises:
         ValueError: logits and targets differ in shape.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> loss = sigmoid_binary_cross_entropy(jnp.array([0.0, 1e4]), jnp.array([1, 1]))
         >>> round(loss.item(), 4)

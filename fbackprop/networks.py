@@ -71,7 +71,7 @@ def mlp(
     Raises:
         ValueError: fewer than two widths, or one below 1; in ``apply``, x of another size.
 
-    Example:
+    Examples:
         >>> import jax
         >>> import jax.numpy as jnp
         >>> network = mlp((16, 8, 10))
@@ -135,7 +135,7 @@ def autoencoder(
     Raises:
         ValueError: fewer than two widths, or one below 1; in ``apply``, x of another size.
 
-    Example:
+    Examples:
         >>> import jax
         >>> import jax.numpy as jnp
         >>> network = autoencoder((16, 8, 2))
@@ -186,7 +186,7 @@ def convnet(
         ValueError: image_shape has not 2 or 3 axes, the image is too small for the stages, or a
             size is below 1; in ``apply``, x of another shape.
 
-    Example:
+    Examples:
         >>> import jax
         >>> import jax.numpy as jnp
         >>> network = convnet((8, 8), 10)
@@ -262,7 +262,7 @@ def resnet(
             is below 1, or ``groups`` does not divide the channels; in ``apply``, x of another
             shape.
 
-    Example:
+    Examples:
         >>> import jax
         >>> import jax.numpy as jnp
         >>> network = resnet((8, 8, 3), 10, channels=(8,))
@@ -365,7 +365,7 @@ def lstm(
     Raises:
         ValueError: a size is below 1; in ``apply``, x of another shape or without time steps.
 
-    Example:
+    Examples:
         >>> import jax
         >>> import jax.numpy as jnp
         >>> network = lstm(3, 16, 2)
@@ -456,7 +456,7 @@ def transformer(
         ValueError: a size is below 1, or ``heads`` does not divide ``width``; in ``apply``, x is
             not one sequence of integers of at most ``length``.
 
-    Example:
+    Examples:
         >>> import jax
         >>> import jax.numpy as jnp
         >>> network = transformer(100, 100, length=32, layers=1)

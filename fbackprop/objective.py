@@ -32,7 +32,7 @@ class Objective:
       key: for a model that takes one, and for quantities that sample.
       chunk: how many examples a sweep goes through at a time; None for all.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> batch = jnp.array([[1.0], [2.0]]), jnp.array([1.0, 4.0])
       >>> problem = fb.Objective(jnp.dot, fb.losses.squared_error, jnp.array([1.0]), batch)

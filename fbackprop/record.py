@@ -158,7 +158,7 @@ class Record:
         Raises:
           ValueError: if values of different shapes share a name.
 
-        Example:
+        Examples:
           >>> import jax.numpy as jnp, fbackprop as fb
           >>> from jax.ad_checkpoint import checkpoint_name
           >>> f = lambda x: jnp.sum(checkpoint_name(x, "x") ** 2)
@@ -194,7 +194,7 @@ class Record:
           TypeError: within `jit` or another transformation, where there are no values to look at.
           ValueError: if the record has an axis of examples, from `vmap`: take one example of it.
 
-        Example:
+        Examples:
           >>> import jax.numpy as jnp, fbackprop as fb
           >>> found = fb.record(lambda x: jnp.sqrt(x) * 0)(0.0).first_nonfinite()
           >>> found.kind, found.step.label
@@ -246,7 +246,7 @@ def record(
       ValueError: if the cotangent is not like the output.
       MissingRule: with `strict`, for a primitive without a rule.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> sweep = fb.record(lambda x, y: jnp.sin(x) * y)(0.0, 3.0)
       >>> [step.primitive for step in sweep.steps]
@@ -310,7 +310,7 @@ def error_signals(
         cotangent is not like the output.
       MissingRule: with `strict`, for a primitive without a rule.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> from jax.ad_checkpoint import checkpoint_name
       >>> def loss(w, x):

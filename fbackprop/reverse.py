@@ -64,7 +64,7 @@ def vjp(
       ValueError: if a name in `rules` matches nothing.
       MissingRule: with `strict`, for a primitive without a rule.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> value, pullback = fb.vjp(jnp.multiply, 3.0, 4.0)
       >>> [float(ct) for ct in pullback(1.0)]
@@ -225,7 +225,7 @@ def grad(
       TypeError: if the output is not a real scalar, an input is not floating point, or `argnums`
         names no argument.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> fb.grad(lambda x: jnp.sum(x**2))(jnp.array([1.0, 2.0]))
       Array([2., 4.], dtype=float32)
@@ -254,7 +254,7 @@ def value_and_grad(
 
     Arguments and errors are those of `grad`; value and gradient share one forward pass.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> value, gradient = fb.value_and_grad(jnp.sin)(0.0)
       >>> float(value), float(gradient)

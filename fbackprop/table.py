@@ -317,7 +317,7 @@ def defrule(name: str | Primitive):
       ValueError: if this JAX has no primitive of that name, or if it has a rule already.
       TypeError: if the rule has a parameter of another name.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, fbackprop as fb
       >>> from jax.extend.core import Primitive
       >>> twice = Primitive("twice")

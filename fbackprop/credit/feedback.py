@@ -31,7 +31,7 @@ def feedback_alignment(feedback) -> dict:
     Returns:
       Rules for `grad`, `sweep` and the others; the feedback may be traced.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> def loss(w, x):
       ...     return jnp.sum(w["out"] @ (w["in"] @ x))

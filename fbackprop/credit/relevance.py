@@ -128,7 +128,7 @@ def relevance(f: Callable, x, rules: Mapping | None = None):
     Returns:
       A pytree like `x`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> w = jnp.array([[2.0, -1.0]])
       >>> fb.credit.relevance(lambda x: (w @ x)[0] + 3.0, jnp.array([1.0, 1.0])).tolist()

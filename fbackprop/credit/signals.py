@@ -25,7 +25,7 @@ def straight_through(*keys: Any, within: float | None = None) -> dict:
       within: pass only where the operand is at most this in magnitude (Hubara et al. 2016,
         "Binarized neural networks", equation 4, with 1).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> rules = fb.credit.straight_through("round")
       >>> float(fb.grad(lambda x: jnp.round(x) ** 2, rules=rules)(2.6))

@@ -20,7 +20,7 @@ class Diagonal(Curvature):
     Attributes:
       values: a pytree like the parameters.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> fb.Diagonal(jnp.array([1.0, 3.0])).solve(jnp.array([2.0, 4.0]), damping=1.0).tolist()
       [1.0, 1.0]

@@ -60,7 +60,7 @@ class GaussNewton(_Products):
     Attributes:
       value: the loss, a scalar.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> batch = jnp.array([[1.0, 2.0]]), jnp.array(0.0)[None]
       >>> ggn = fb.GaussNewton(jnp.dot, fb.losses.squared_error, jnp.zeros(2), batch)

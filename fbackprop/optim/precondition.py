@@ -57,7 +57,7 @@ def precondition_by_curvature(
       `fbackprop.Curvature`, and where the loss sets the damping ``value=``, the loss, or
       ``objective=``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> scale = fb.optim.precondition_by_curvature(damping=1.0)
       >>> curvature = fb.Diagonal(jnp.array([1.0, 3.0]))

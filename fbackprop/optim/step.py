@@ -146,7 +146,7 @@ def step(
     Returns:
       ``step(params, state, batch, *further, weights=None, key=None)``, see `Step.__call__`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> optimizer = fb.optim.gauss_newton(damping=0.0)
       >>> step = fb.optim.step(jnp.dot, fb.losses.squared_error, optimizer)
