@@ -20,7 +20,6 @@ The table has three kinds of numbers, all of them over test images and for the c
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -351,7 +350,7 @@ def print_table(console: Console, results: Sequence[Result]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("method")
     for header in ("sum off by", "deletion", "insertion", "new output layer", "new network"):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", overflow="fold")
     for one in results:
         table.add_row(
             one.label,
@@ -530,4 +529,4 @@ def _quartiles(values: np.ndarray) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main())

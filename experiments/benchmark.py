@@ -28,7 +28,7 @@ from rich.table import Table
 
 import fbackprop as fb
 from experiments import optimizer_benchmark, quantity_benchmark, rules_benchmark
-from experiments.command import UsageError, run, terminal
+from experiments.command import UsageError, leave, run, terminal
 from experiments.measuring import Ratio, alternate
 from experiments.programs import PROGRAMS, Program, build
 
@@ -124,7 +124,7 @@ def table_of(results: dict[str, dict[str, Ratio]]) -> Table:
     table = Table(title="fbackprop over jax.value_and_grad (below 1 is better)", box=None)
     table.add_column("program", no_wrap=True)
     for title in MEASURES.values():
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", overflow="fold")
     for name, ratios in results.items():
         table.add_row(name, *(_cell(measure, ratios[measure]) for measure in MEASURES))
     means = (f"{geometric_mean(results, m):.3f}" for m in MEASURES)
@@ -174,6 +174,8 @@ def draw(results: dict[str, dict[str, Ratio]], path: Path) -> None:
 
 
 def script(settings: Settings) -> int:
+    if not settings.programs:
+        raise UsageError("--programs takes one or more programs")
     unknown = [name for name in settings.programs if name not in PROGRAMS]
     if unknown:
         raise UsageError(f"no program called '{unknown[0]}': choose from {', '.join(PROGRAMS)}")
@@ -214,4 +216,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,15 +6,17 @@ Exit status: 0 success, 1 the script's own failure, 2 a command line that makes 
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 from rich.console import Console
 
 Settings = TypeVar("Settings")
 
+INTERRUPTED = 130
 _PLAIN_WIDTH = 120  # columns of a pipe or a file, which have no width of their own
 
 
@@ -56,7 +58,17 @@ def run(
         return 1
     except KeyboardInterrupt as interruption:
         print(": ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
-        return 130
+        return INTERRUPTED
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with this exit status."""
+    if status == INTERRUPTED:
+        # XLA may still be computing, and crashes if the interpreter is taken down around it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def terminal() -> Console:

@@ -13,7 +13,6 @@ settings, each from the same seeds. A run leaves in its folder
 
 import dataclasses
 import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -130,6 +129,10 @@ def validate(settings: Settings) -> None:
     for name in ("learning_rates", "dampings"):
         if getattr(settings, name) == ():
             raise UsageError(f"--{name.replace('_', '-')} takes one or more numbers")
+        searched = {key for chosen in settings.optimizers for key in OPTIMIZERS[chosen].ranges}
+        if getattr(settings, name) and name.removesuffix("s") not in searched:
+            raise UsageError(f"--{name.replace('_', '-')} concerns none of these optimizers")
+    tasks.check_data_file(settings.problem, settings.data_file)
 
 
 def schedule_of(settings: Settings, task: Task, optimizer: Optimizer) -> Schedule:
@@ -276,4 +279,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main())

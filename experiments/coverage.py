@@ -7,7 +7,6 @@ python -m experiments.coverage --write   # to docs/coverage.md
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,4 +71,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main())

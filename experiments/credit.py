@@ -16,7 +16,6 @@ Index legend: K seeds, R records, L layers, the outputs' included.
 
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,6 +100,7 @@ def validate(settings: Settings) -> None:
         raise UsageError("--rules takes one or more learning rules, each of them once")
     if settings.hidden == ():
         raise UsageError("--hidden takes the units of one or more layers")
+    tasks.check_data_file(settings.data, settings.data_file)
 
 
 # What is trained ----------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
     angles = [f"layer {layer}" for layer in range(1, layers + 1)]
     table.add_column("test accuracy, %", justify="right", no_wrap=True)
     for header in (*angles, "to feedback", "seconds"):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", overflow="fold")
     for outcome in outcomes:
         gradient, weights = outcome.curve("gradient").median, outcome.curve("weights").median
         table.add_row(
@@ -345,8 +345,8 @@ def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
     console.print(
         "Accuracy: median over seeds (quartiles). Layers: degrees between the rule's update and the"
         " gradient, at the start → at the end. To feedback: degrees at the end between the weights"
-        f" of layers 2 to {layers} and what errors go back through. Seconds: compilation, training"
-        " and measurement of all seeds.",
+        " of the layers above the first and what errors go back through. Seconds: compilation,"
+        " training and measurement of all seeds.",
         soft_wrap=True,
     )
 
@@ -452,4 +452,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main())

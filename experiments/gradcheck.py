@@ -8,7 +8,6 @@ bfloat16, where the differences are only shown.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -167,7 +166,7 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     for header in ("network", "precision", "parameter", "shape"):
         table.add_column(header, overflow="fold")
     for header in ("error to JAX", "relative", "to differences", "relative"):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", overflow="fold")
     table.add_column("agrees")
     for row in rows:
         errors = row.errors
@@ -188,4 +187,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main())

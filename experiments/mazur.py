@@ -15,7 +15,6 @@ Source: Matt Mazur, "A Step by Step Backpropagation Example", 2015.
 
 import dataclasses
 import enum
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from decimal import ROUND_HALF_EVEN, Decimal
 from typing import NamedTuple
@@ -244,8 +243,8 @@ def print_calculation(console: Console, stages: dict[str, list[Row]], decimals: 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("quantity")
     table.add_column("how")
-    table.add_column("computed", justify="right")
-    table.add_column("published", justify="right")
+    table.add_column("computed", justify="right", overflow="fold")
+    table.add_column("published", justify="right", overflow="fold")
     table.add_column("agrees")
     for stage, rows in stages.items():
         table.add_row("")
@@ -321,4 +320,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main())

@@ -253,7 +253,7 @@ def table_of(network: str, rows: Mapping[str, Mapping[str, Measured]]) -> Table:
     """Times and memory over the gradient's, a row per quantity."""
     table = Table(title=title(network, rows), box=None, title_justify="left", collapse_padding=True)
     for k, header in enumerate(HEADERS):
-        table.add_column(header, justify="right" if k else "left", no_wrap=k == 0)
+        table.add_column(header, justify="right" if k else "left", no_wrap=k == 0, overflow="fold")
     for quantity, measured in rows.items():
         table.add_row(*cells(quantity, measured))
     return table
@@ -328,6 +328,8 @@ def draw(results: Results, path: Path) -> None:
 def _chosen(settings: Settings) -> dict[str, list[str]]:
     """The quantities to measure on each network."""
     known = (*QUANTITIES, "everything")
+    if not settings.networks:
+        raise UsageError("--networks takes one or more networks")
     for what, given, choices in (
         ("network", settings.networks, tuple(NETWORKS)),
         ("quantity", settings.quantities, known),

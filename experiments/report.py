@@ -145,7 +145,7 @@ def print_results(
     table.add_column("optimizer")
     headers = ("rate", "damping", "training loss", "test loss", score_name)
     for header in (*headers, "steps", "seconds", "gradients", "a step"):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", overflow="fold")
     for outcome in outcomes:
         reached = outcome.reach(target)
         table.add_row(

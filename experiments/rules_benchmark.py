@@ -98,6 +98,8 @@ def measure(name: str, rules: str, settings: Settings) -> dict[str, Ratio]:
 
 
 def script(settings: Settings) -> int:
+    if not settings.programs:
+        raise UsageError("--programs takes one or more programs")
     unknown = [name for name in settings.programs if name not in PROGRAMS]
     if unknown:
         raise UsageError(f"no program called '{unknown[0]}': choose from {', '.join(PROGRAMS)}")

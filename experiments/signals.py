@@ -21,7 +21,6 @@ import csv
 import dataclasses
 import enum
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -348,7 +347,7 @@ def print_table(console: Console, found: Sequence[Distribution], decades: float)
     for header in ("activation", "initialisation"):
         table.add_column(header)
     for header in ("slope", "mean field", "first rms", "last rms", "zeros"):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", overflow="fold")
     table.add_column("signals are")
     for before, one in zip([None, *found], found, strict=False):
         new = before is None or before.activation != one.activation
@@ -501,4 +500,4 @@ def _draw(panel: Any, one: Distribution) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main())

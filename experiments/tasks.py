@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import datasets, mazur, sequences, text
+from experiments.command import UsageError
 from experiments.datasets import Dataset
 from fbackprop import losses, networks
 from fbackprop.networks import Network
@@ -67,6 +68,16 @@ class Task(NamedTuple):
         """The loss averaged over examples, the quantity that every optimizer lowers."""
         outputs = jax.vmap(self.apply, in_axes=(None, 0))(params, inputs)
         return jnp.mean(jax.vmap(self.loss)(outputs, targets))
+
+
+def check_data_file(name: str, data_file: Path | None) -> None:
+    """Refuse a file that no data set of that name reads.
+
+    Raises:
+        UsageError: the data come from elsewhere.
+    """
+    if data_file is not None and not name.startswith("animals"):
+        raise UsageError(f"--data-file is of animals, and the data are {name}: leave it out")
 
 
 def build(problem: ProblemName, *, seed: int = 0, data_file: Path | None = None) -> Task:
