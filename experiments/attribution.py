@@ -443,6 +443,8 @@ def script(settings: Settings) -> int:
     validate(settings)
     console = command.terminal()
     data = datasets.animals(settings.seed, settings.data_file)
+    if settings.examples > len(data.test_inputs):
+        raise UsageError(f"--examples must be at most {len(data.test_inputs)}, the test images")
     model = MODELS[settings.network]()
     settings.out.mkdir(parents=True, exist_ok=True)
     apply, params = model.network.apply, train(settings, model, data, console)

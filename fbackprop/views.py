@@ -50,7 +50,8 @@ def origins(program: Program, rules: Rules, moving: tuple[bool, ...]):
         behind = frozenset().union(*(origin.leaves for origin in found))
         layout = LAYOUTS.get(eqn.primitive.name) if eqn.rule is None else None
         views: Any = None
-        view = found[0].view if isinstance(eqn.inputs[0], Var) else None
+        first = eqn.inputs[0]
+        view = known[first].view if isinstance(first, Var) and first in known else None
         if layout and view is not None:
             views = layout(view, eqn.params)
         elif view is not None and eqn.primitive.name == "gather" and is_lookup(eqn):
