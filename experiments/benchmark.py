@@ -28,7 +28,7 @@ from rich.table import Table
 
 import fbackprop as fb
 from experiments import optimizer_benchmark, quantity_benchmark, rules_benchmark
-from experiments.command import UsageError, leave, run, terminal
+from experiments.command import UsageError, check_names, leave, run, terminal
 from experiments.measuring import Ratio, alternate
 from experiments.programs import PROGRAMS, Program, build
 
@@ -176,9 +176,7 @@ def draw(results: dict[str, dict[str, Ratio]], path: Path) -> None:
 def script(settings: Settings) -> int:
     if not settings.programs:
         raise UsageError("--programs takes one or more programs")
-    unknown = [name for name in settings.programs if name not in PROGRAMS]
-    if unknown:
-        raise UsageError(f"no program called '{unknown[0]}': choose from {', '.join(PROGRAMS)}")
+    check_names("program", settings.programs, PROGRAMS)
     if min(settings.repeats, settings.traces, settings.compilations) < 1:
         raise UsageError("--repeats, --traces and --compilations must be at least 1")
     settings.out.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -69,6 +69,18 @@ def leave(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def check_names(what: str, given: Sequence[str], choices: Iterable[str]) -> None:
+    """Refuse names that are unknown.
+
+    Raises:
+        UsageError: there is such a name among those given.
+    """
+    choices = list(choices)
+    unknown = [name for name in given if name not in choices]
+    if unknown:
+        raise UsageError(f"no {what} called '{unknown[0]}': choose from {', '.join(choices)}")
 
 
 def terminal() -> Console:

@@ -126,10 +126,10 @@ def validate(settings: Settings) -> None:
         raise UsageError("--seed must be at least 0")
     if not settings.optimizers or len(set(settings.optimizers)) < len(settings.optimizers):
         raise UsageError("--optimizers takes one or more optimizers, each of them once")
+    searched = {key for chosen in settings.optimizers for key in OPTIMIZERS[chosen].ranges}
     for name in ("learning_rates", "dampings"):
         if getattr(settings, name) == ():
             raise UsageError(f"--{name.replace('_', '-')} takes one or more numbers")
-        searched = {key for chosen in settings.optimizers for key in OPTIMIZERS[chosen].ranges}
         if getattr(settings, name) and name.removesuffix("s") not in searched:
             raise UsageError(f"--{name.replace('_', '-')} concerns none of these optimizers")
     tasks.check_data_file(settings.problem, settings.data_file)

@@ -146,9 +146,8 @@ def exact(settings: Settings) -> dict[str, float]:
 def script(settings: Settings) -> int:
     if min(settings.batch, settings.cycles, settings.solve_batch) < 1:
         raise UsageError("--batch, --cycles and --solve-batch must be at least 1")
-    for name in ("autoencoder", "hidden"):
-        if hasattr(settings, name) and not all(width > 0 for width in getattr(settings, name)):
-            raise UsageError(f"--{name} takes widths of at least 1")
+    if min(*settings.autoencoder, *settings.hidden, 1) < 1:
+        raise UsageError("--autoencoder and --hidden take widths of at least 1")
     if len(settings.autoencoder) < 2:
         raise UsageError("--autoencoder takes the widths of two layers or more")
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -159,8 +158,9 @@ def script(settings: Settings) -> int:
     )
     table = Table(title="steps on the autoencoder", box=None)
     for column in ("optimizer", *next(iter(found.values()))):
-        side: Any = "left" if column == "optimizer" else "right"
-        table.add_column(column, justify=side, overflow="fold")
+        table.add_column(
+            column, justify="left" if column == "optimizer" else "right", overflow="fold"
+        )
     for name, row in found.items():
         table.add_row(name, *(f"{value:.2f}" for value in row.values()))
     console.print(table)

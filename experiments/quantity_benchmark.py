@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import fbackprop as fb
-from experiments.command import ExperimentError, UsageError, run, terminal
+from experiments.command import ExperimentError, UsageError, check_names, run, terminal
 from experiments.measuring import Ratio, alternate, memory_of_device
 from experiments.quantity_programs import (
     NETWORKS,
@@ -334,9 +334,7 @@ def _chosen(settings: Settings) -> dict[str, list[str]]:
         ("network", settings.networks, tuple(NETWORKS)),
         ("quantity", settings.quantities, known),
     ):
-        unknown = [name for name in given if name not in choices]
-        if unknown:
-            raise UsageError(f"no {what} called '{unknown[0]}': choose from {', '.join(choices)}")
+        check_names(what, given, choices)
     if settings.repeats < 1:
         raise UsageError("--repeats must be at least 1")
     wanted = settings.quantities or known

@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 import fbackprop as fb
-from experiments.command import UsageError, run, terminal
+from experiments.command import UsageError, check_names, run, terminal
 from experiments.measuring import Ratio, alternate
 from experiments.programs import PROGRAMS, build
 
@@ -100,9 +100,7 @@ def measure(name: str, rules: str, settings: Settings) -> dict[str, Ratio]:
 def script(settings: Settings) -> int:
     if not settings.programs:
         raise UsageError("--programs takes one or more programs")
-    unknown = [name for name in settings.programs if name not in PROGRAMS]
-    if unknown:
-        raise UsageError(f"no program called '{unknown[0]}': choose from {', '.join(PROGRAMS)}")
+    check_names("program", settings.programs, PROGRAMS)
     if min(settings.repeats, settings.traces) < 1:
         raise UsageError("--repeats and --traces must be at least 1")
     settings.out.mkdir(parents=True, exist_ok=True)

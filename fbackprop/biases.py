@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fbackprop.layouts import LAYOUTS
+from fbackprop.layouts import LAYOUTS, as_read
 from fbackprop.program import Equation, Program, Var
 
 
@@ -143,8 +143,7 @@ def _moved(array: np.ndarray, eqn: Equation) -> np.ndarray:
             shape[axis] = size
         return np.broadcast_to(array.reshape(shape), params["shape"])
     if eqn.primitive.name == "reshape":  # of a copy, where it is no view
-        order = params["dimensions"]
-        return (array if order is None else array.transpose(order)).reshape(params["new_sizes"])
+        return as_read(array, params).reshape(params["new_sizes"])
     return LAYOUTS[eqn.primitive.name](array, params)
 
 

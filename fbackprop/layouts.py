@@ -15,9 +15,10 @@ def reshaped(view: View, shape) -> View | None:
     return out if out.size == 0 or np.may_share_memory(out, view) else None
 
 
-def _reshaped(view: View, params) -> View | None:
+def as_read(array: np.ndarray, params) -> np.ndarray:
+    """The operand of a reshape with its axes in the order in which they are read."""
     order = params["dimensions"]
-    return reshaped(view if order is None else view.transpose(order), params["new_sizes"])
+    return array if order is None else array.transpose(order)
 
 
 def _sliced(view: View, params) -> View:
@@ -43,7 +44,7 @@ def _same(view: View, params) -> View:
 
 LAYOUTS: dict[str, Callable] = {
     "transpose": lambda view, params: view.transpose(params["permutation"]),
-    "reshape": _reshaped,
+    "reshape": lambda view, params: reshaped(as_read(view, params), params["new_sizes"]),
     "squeeze": lambda view, params: view.squeeze(tuple(params["dimensions"])),
     "expand_dims": lambda view, params: np.expand_dims(view, tuple(params["dimensions"])),
     "broadcast_in_dim": _broadcast,

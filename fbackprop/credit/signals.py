@@ -11,6 +11,7 @@ from jax import lax
 from jax.tree_util import Partial
 
 from fbackprop.credit.products import is_product
+from fbackprop.sites import wide
 
 
 def straight_through(*keys: Any, within: float | None = None) -> dict:
@@ -137,10 +138,10 @@ def quantised(*names: Any, key: jax.Array, bits: int = 8) -> dict:
     levels = 2 ** (bits - 1) - 1
 
     def rounded(key, ct):
-        wide = ct.astype(jnp.promote_types(ct.dtype, jnp.float32))
-        scale = jnp.max(jnp.abs(wide)) / levels
-        u = jax.random.uniform(_salted(key, ct), ct.shape, wide.dtype)
-        steps = wide / jnp.where(scale > 0, scale, 1)
+        signal = wide(ct)
+        scale = jnp.max(jnp.abs(signal)) / levels
+        u = jax.random.uniform(_salted(key, ct), signal.shape, signal.dtype)
+        steps = signal / jnp.where(scale > 0, scale, 1)
         whole = jnp.floor(steps)
         return (scale * (whole + (u < steps - whole))).astype(ct.dtype)
 

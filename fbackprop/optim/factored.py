@@ -43,7 +43,7 @@ OMEGA = 0.9
 # Of how many examples factors are averages. Fewer make small batches diverge, more are stale: on
 # the digits at batches of 128 and on the autoencoder at 512, this many was the best of those tried.
 MEMORY = 2560
-# In so many steps at the start factors are renewed every time: curvature changes fast then.
+# So many times at the start factors are renewed in every step: curvature changes fast then.
 EARLY = 5
 # In a batch of so many damping is not less than the curvature's mean eigenvalue, in a larger one it
 # may be less by the square of the number. With a quarter of that digits diverge at batches of 32.
@@ -174,7 +174,7 @@ def kfac(
       decay: of the running averages from one renewal to the next; they start as plain means. None
         for max(0, 1 − N/2560): averages of about 2,560 examples.
       every: after how many steps factors, inverses and damping are renewed; factors and inverses
-        in each of the first five steps, too.
+        in every step until they were measured five times, too.
       adaptive: whether λ follows the loss.
       norm_constraint: the largest −η² gᵀΔ of a step with a learning rate: longer steps are scaled
         down to it, a trust region in the model's distribution (Ba, Grosse and Martens 2017,
@@ -301,7 +301,7 @@ def _factored(
         key = jax.random.fold_in(jax.random.key(seed), state.steps)
         is_time = state.steps % every == 0
         usable, measured, factors, made = lax.cond(
-            is_time | (state.steps < _early(every)) | (state.measured == 0),
+            is_time | (state.measured < jnp.minimum(EARLY, every)),
             lambda: refreshed(state, problem, key),
             lambda: (jnp.array(True), state.measured, state.factors, state.solver),
         )
@@ -354,11 +354,6 @@ def _factored(
         return change, after
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _early(every):
-    """How many steps count as the first, in which factors are renewed every time."""
-    return jnp.minimum(EARLY, every)
 
 
 def _next(damping, ratio, every, factors: KroneckerFactors, n_examples):
