@@ -24,7 +24,8 @@ from fbackprop.quantities.base import Quantity
 from fbackprop.record import named_signals
 from fbackprop.reverse import DEFAULT, STRICT
 from fbackprop.rewrite import Overrides
-from fbackprop.sites import site_of, whole
+from fbackprop.site_rules import site_of
+from fbackprop.sites import whole
 
 
 def sweep(

@@ -35,7 +35,8 @@ from fbackprop.kronecker import (
 from fbackprop.passes import backward, forward
 from fbackprop.program import Program, as_array, evaluate, inlined, is_inexact, memoized, trace
 from fbackprop.separate import Separation
-from fbackprop.sites import form, row_added
+from fbackprop.site_rules import row_added
+from fbackprop.sites import form
 from fbackprop.table import Rules
 from fbackprop.views import Origin, View, memory, origins, share
 

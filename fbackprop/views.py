@@ -15,9 +15,9 @@ import numpy as np
 from fbackprop.layouts import LAYOUTS, ONE_TO_ONE, View, reshaped
 from fbackprop.passes import activity
 from fbackprop.program import Program, Var, value_of
-from fbackprop.separate import is_lookup
 from fbackprop.sites import Layout
 from fbackprop.table import Rules
+from fbackprop.uses import is_lookup
 
 
 class Origin(NamedTuple):

@@ -4,11 +4,13 @@ import os
 
 import jaxlib
 
-# Two devices for the tests of collectives; must be set before JAX starts. The older of XLA's two
-# emitters of kernels, which releases from 0.11 on no longer have, compiles in less time.
+# Two devices for the tests of collectives; must be set before JAX starts. Small programs compile in
+# less time in one part, and by the older of XLA's two emitters of kernels, which releases from 0.11
+# on no longer have.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=2"
+    + " --xla_cpu_parallel_codegen_split_count=1"
     + " --xla_cpu_use_fusion_emitters=false" * (jaxlib.version.__version_info__ < (0, 11))
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
