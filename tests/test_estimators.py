@@ -280,6 +280,7 @@ def test_log_determinant_within_its_standard_error(optimized):
         assert abs(value - exact) < 3 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in SPECTRA if np.all(SPECTRA[n] >= 0)])
 def test_log_determinant_of_singular_and_diagonal_matrices(name, optimized):
     """Of diagonal matrices every sample is exact, however early the Krylov space ends."""

@@ -300,6 +300,7 @@ def test_derivative_that_is_not_finite_is_a_rejected_step():
         assert fit.converged and jnp.isfinite(fit.params) and fit.params > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_start_that_is_not_finite_is_handed_back(bad):
     start = jnp.array([2.0, 3.0])
@@ -343,6 +344,7 @@ def test_a_singular_problem_is_solved_by_the_nearest_minimiser(dtype):
         np.testing.assert_allclose(fit.params, [51.25, -48.75], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_null_directions_are_left_alone(noise):
     """Of a redundant model, with and without an exact fit."""

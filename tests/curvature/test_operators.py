@@ -236,6 +236,7 @@ def test_the_hessian_and_traces_of_integers():
     np.testing.assert_allclose(fb.Hessian(*problem).dense()[1:, 1:], expected, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damping", [1e-3, 0.1, 10.0])
 def test_the_dual_solution_without_curvature(damping):
     x = jnp.sin(jnp.arange(10.0)).reshape(2, 5)
@@ -315,6 +316,7 @@ def test_sums_and_multiples():
     check(behaves(3.0 * a, 3 * a.matrix))
 
 
+@pytest.mark.slow
 def test_estimates_take_operators():
     a = fb.Dense(jnp.diag(jnp.arange(1.0, 6.0)), fb.Space.of(jnp.zeros(5)))
     assert abs(a.trace(jax.random.key(0), samples=30) - 15) < 1e-6

@@ -483,6 +483,7 @@ def test_leaves_of_integers_and_of_two_precisions(name):
     assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(params)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kfac", "ekfac"])
 def test_data_of_double_precision_for_parameters_of_single(name):
     with jax.enable_x64(True):
