@@ -82,7 +82,8 @@ class DualGaussNewton(Curvature):
 
         (Woodbury's identity), and twice more of what x leaves of v. That cancels for a small λ: the
         factor's is raised to √ε of the Gram matrix's largest diagonal element, which what follows
-        makes good along all but smaller eigenvalues.
+        makes good along all but smaller eigenvalues. ε is of the coarsest leaf, in whose dtype S v
+        and Sᵀ u are: in bfloat16 the least damping is a sixteenth of that element.
         """
         check_not_negative(damping)
         with full_precision():
@@ -90,7 +91,9 @@ class DualGaussNewton(Curvature):
 
     def _solved(self, tree, damping):
         gram = self.gram()
-        least = jnp.finfo(gram.dtype).eps ** 0.5 * jnp.max(jnp.diagonal(gram), initial=0)
+        floats = [d for d in (*self.space.dtypes, gram.dtype) if jnp.issubdtype(d, jnp.floating)]
+        coarsest = max(float(jnp.finfo(d).eps) for d in floats)
+        least = coarsest**0.5 * jnp.max(jnp.diagonal(gram), initial=0)
         raised = jnp.maximum(damping, least).astype(gram.dtype)
         raised = jnp.where(raised > 0, raised, 1)
         factored = cholesky.factor(gram, raised)
