@@ -131,6 +131,7 @@ class Separation(_Weights):
             if v not in self._params
         }
 
+        self._sources: dict[Any, set[Var]] = {}
         self.uses: list[Use] = []
         late = self._late()
         self._rest = [eqn for eqn in program.equations if self._is_rest(eqn) or eqn in late]
@@ -232,32 +233,39 @@ class Separation(_Weights):
         keys = self.weights if keys is None else keys
         env: dict = dict(self.program.constants)
         env.update(zip(self.program.inputs, values, strict=True))
-        for eqn in self._steps_to(keys):
+        wanted = _by_equation(keys)
+        for eqn in self._way_to(keys)[0]:
             operands = [env.get(v) if isinstance(v, Var) else v.val for v in eqn.inputs]
             if eqn in self._inner:
-                outs, weights = self._inner[eqn].prepare(operands)
+                outs, weights = self._inner[eqn].prepare(operands, wanted.get(eqn, set()))
                 env.update(((eqn, k), w) for k, w in weights.items())
             else:
                 outs = eqn.bind(*operands)
             env.update(zip(eqn.outputs, outs, strict=True))
         return [read(env, key) for key in keys]
 
-    def _steps_to(self, keys: Sequence) -> list[Equation]:
-        """The equations that compute these from parameters, in order."""
-        needed = {key[0] if isinstance(key, tuple) else key for key in keys}
+    def _way_to(self, keys: Sequence) -> tuple[list[Equation], set[Var]]:
+        """The equations that compute these from parameters, in order, and the variables needed."""
+        wanted = _by_equation(keys)
+        needed: set[Var] = {key for key in keys if isinstance(key, Var)}
         steps = []
         for eqn in reversed(self.program.equations):
-            if eqn in needed or any(v in needed for v in eqn.outputs):
-                steps.append(eqn)
-                inputs = (v for v in eqn.inputs if isinstance(v, Var))
-                needed.update(v for v in inputs if v not in self.given)
-        return steps[::-1]
+            read: set = set()
+            if any(v in needed for v in eqn.outputs):
+                read = {v for v in eqn.inputs if isinstance(v, Var)}
+            elif eqn in wanted:  # of a call's operands, only some may matter to a weight
+                read = set().union(*map(self._inner[eqn].sources, wanted[eqn]))
+            else:
+                continue
+            steps.append(eqn)
+            needed |= read - self.given
+        return steps[::-1], needed
 
-    def depends(self, key, inputs: set[Var]) -> bool:
-        """Whether a weight depends on any of these inputs of the program."""
-        steps = self._steps_to([key])
-        read = (v for eqn in steps for v in eqn.inputs if isinstance(v, Var))
-        return key in inputs or any(v in inputs for v in read)
+    def sources(self, key) -> set[Var]:
+        """The variables that a weight depends on, the program's inputs among them."""
+        if key not in self._sources:
+            self._sources[key] = self._way_to([key])[1]
+        return self._sources[key]
 
     # --- second part
 
@@ -353,8 +361,15 @@ class _Inner(_Weights):
         """The same, with the line of this equation for one that is not known within."""
         return said.replace(UNKNOWN_LINE, self.eqn.source)
 
-    def prepare(self, operands: Sequence) -> tuple[list, dict[int, Any]]:
-        """Results that do not depend on data, and the weights computed inside, by number."""
+    def sources(self, number: int) -> set[Var]:
+        """The operands that a weight computed inside depends on."""
+        raise NotImplementedError
+
+    def prepare(self, operands: Sequence, wanted: set[int]) -> tuple[list, dict[int, Any]]:
+        """Results that do not depend on data, and of the weights computed inside these, by number.
+
+        Operands that neither depends on may be None.
+        """
         raise NotImplementedError
 
     def meet(self, weights: Sequence[Weight], operands: Sequence, nudges: Sequence):
@@ -371,9 +386,11 @@ class _Call(_Inner):
         self.part = separate(program_of(jaxpr), rules, moving, given)
         self.places, self.own = self._adopt(self.part, eqn.inputs)
 
-    def prepare(self, operands):
-        values = self.part.prepare(operands, list(self.own))
-        return [None] * len(self.data), dict(zip(self.own.values(), values, strict=True))
+    def sources(self, number):
+        return _sources(self.part, self.own, number, self.eqn.inputs)
+
+    def prepare(self, operands, wanted):
+        return [None] * len(self.data), _prepared(self.part, self.own, wanted, operands)
 
     def meet(self, weights, operands, nudges):
         def run(weights, nudges):
@@ -403,11 +420,15 @@ class _Branches(_Inner):
             for b, use in zip(numbers, self.uses, strict=True)
         ]
 
-    def prepare(self, operands):
+    def sources(self, number):
+        pairs = zip(self.parts, self.adopted, strict=True)
+        found = (_sources(part, own, number, self.eqn.inputs[1:]) for part, (_, own) in pairs)
+        return set().union(*found)
+
+    def prepare(self, operands, wanted):
         weights: dict[int, Any] = {}
         for part, (_, own) in zip(self.parts, self.adopted, strict=True):
-            values = part.prepare(operands[1:], list(own))
-            weights.update(zip(own.values(), values, strict=True))
+            weights |= _prepared(part, own, wanted, operands[1:])
         return [None] * len(self.data), weights
 
     def meet(self, weights, operands, nudges):
@@ -482,7 +503,10 @@ class _Scan(_Inner):
         self.places, self.own = self._adopt(part, eqn.inputs, self._loop)
 
     def _varies(self, key) -> bool:
-        return self.part.depends(key, self.varying)
+        return not self.varying.isdisjoint(self.part.sources(key))
+
+    def _is_counted(self, key) -> bool:
+        return not self.counted.isdisjoint(self.part.sources(key))
 
     def _loop(self, key):
         return (Loop(self.eqn.params["length"], self._varies(key)),)
@@ -496,16 +520,23 @@ class _Scan(_Inner):
     def _options(self) -> dict:
         return {k: self.eqn.params[k] for k in ("length", "reverse")}
 
-    def prepare(self, operands):
+    def sources(self, number):
+        counted = any(k == number and self._is_counted(key) for key, k in self.own.items())
+        if counted:  # by all that turns with the loop
+            return {v for v in self.eqn.inputs if isinstance(v, Var)}
+        return _sources(self.part, self.own, number, self.eqn.inputs)
+
+    def prepare(self, operands, wanted):
         consts, carry, xs = self._groups(operands)
         body = self.part.program
         kept = [c if u else None for c, u in zip(carry, self.unchanged, strict=True)]
-        varying = [key for key in self.own if self._varies(key)]
-        fixed = [key for key in self.own if key not in varying]
+        own = [key for key, k in self.own.items() if k in wanted]
+        varying = [key for key in own if self._varies(key)]
+        fixed = [key for key in own if key not in varying]
         values = self.part.prepare([*consts, *kept, *(None for _ in xs)], fixed)
         weights = dict(zip(fixed, values, strict=True))
         turning = [False] * len(kept)
-        if any(self.part.depends(key, self.counted) for key in varying):
+        if any(map(self._is_counted, varying)):
             _, given, _ = self._groups(self.given)
             turning = [not g and not u for g, u in zip(given, self.unchanged, strict=True)]
 
@@ -526,7 +557,7 @@ class _Scan(_Inner):
             weights.update(zip(varying, values, strict=True))
         outs = [c if u else None for c, u in zip(carry, self.unchanged, strict=True)]
         outs += [None] * (len(self.data) - len(outs))
-        return outs, {k: weights[key] for key, k in self.own.items()}
+        return outs, {self.own[key]: weights[key] for key in own}
 
     def meet(self, weights, operands, nudges):
         consts, carry, xs = self._groups(operands)
@@ -549,6 +580,28 @@ class _Scan(_Inner):
             unroll=self.eqn.params["unroll"], **self._options(),
         )  # fmt: skip
         return [*last, *ys], met
+
+
+def _by_equation(keys: Sequence) -> dict[Equation, set[int]]:
+    """Which of the weights computed inside equations are among these, by number."""
+    found: dict[Equation, set[int]] = {}
+    for key in keys:
+        if isinstance(key, tuple):
+            found.setdefault(key[0], set()).add(key[1])
+    return found
+
+
+def _sources(part: Separation, own: dict, number: int, operands: Sequence) -> set[Var]:
+    """The operands that a weight depends on, one of a body's own."""
+    found = set().union(*(part.sources(key) for key, k in own.items() if k == number))
+    pairs = zip(operands, part.program.inputs, strict=True)
+    return {v for v, inside in pairs if inside in found and isinstance(v, Var)}
+
+
+def _prepared(part: Separation, own: dict, wanted: set[int], operands: Sequence) -> dict[int, Any]:
+    """Those of a body's own weights that are wanted, by number."""
+    keys = [key for key, k in own.items() if k in wanted]
+    return {own[key]: x for key, x in zip(keys, part.prepare(operands, keys), strict=True)}
 
 
 _KINDS = {
