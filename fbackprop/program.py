@@ -829,10 +829,11 @@ def blank(aval) -> jax.Array:
     return ad_util.zeros_like_aval(aval)
 
 
-def sharding_of(aval, axes: Sequence[int] | None = None):
+def sharding_of(aval, axes: Sequence[int | None] | None = None):
     """How a cotangent of this type lies on an explicit mesh, for axes in the order given.
 
-    None without a mesh: then sharding is the compiler's affair.
+    None among them is one more, on every device. None without a mesh: then sharding is the
+    compiler's affair.
     """
     sharding = cotangent_aval(aval).sharding
     mesh, spec = sharding.mesh, sharding.spec
@@ -841,8 +842,17 @@ def sharding_of(aval, axes: Sequence[int] | None = None):
         if jax.sharding.AxisType.Explicit not in mesh.axis_types:
             return None
     order = range(aval.ndim) if axes is None else axes
-    spec = jax.sharding.PartitionSpec(*(spec[i] for i in order))
+    spec = jax.sharding.PartitionSpec(*(None if i is None else spec[i] for i in order))
     return jax.sharding.NamedSharding(mesh, spec)
+
+
+def laid_as(ct, aval):
+    """A cotangent; on an explicit mesh it is moved to where arrays of this type lie."""
+    sharding = aval.sharding
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    if not explicit or type_of(ct).sharding.spec == sharding.spec:
+        return ct
+    return jax.sharding.reshard(ct, sharding_of(aval))
 
 
 def scalar(value, aval):

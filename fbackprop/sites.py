@@ -296,7 +296,8 @@ class Site:
             met = v.at[groups, self.a.indices].get(mode="fill", fill_value=0)
         else:
             met = contract(self.a.term(f="i") + ",gio->nctgo", self.a.x, v)
-        return contract("nxtgo,nctgo->nc", wide(met), wide(self.b))
+        found = contract("nxtgo,nctgo->nc", wide(met), wide(self.b))
+        return found.real  # of complex weights, made of real parameters
 
 
 def _flatten(site: Site):

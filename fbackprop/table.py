@@ -37,6 +37,7 @@ from fbackprop.program import (
     has_forward_rule,
     has_transpose,
     is_inexact,
+    laid_as,
     scalar,
     type_of,
     zeros,
@@ -184,7 +185,10 @@ def filled(cts: Sequence, eqn: Equation) -> tuple:
 
 
 def fit(ct, aval, eqn: Equation):
-    """Sum a cotangent over the axes along which its operand was broadcast; check its type."""
+    """Sum a cotangent over the axes along which its operand was broadcast; check its type.
+
+    On an explicit mesh it also comes to lie as its operand does.
+    """
     wanted = cotangent_aval(aval)
     if np.shape(ct) != wanted.shape:
         shape = np.shape(ct)
@@ -202,7 +206,7 @@ def fit(ct, aval, eqn: Equation):
             f"{type_of(ct).str_short()} for an operand of type {wanted.str_short()} (called at "
             f"{eqn.source}): a cotangent has the shape and dtype of its operand"
         )
-    return ct
+    return laid_as(ct, wanted)
 
 
 class Rules:

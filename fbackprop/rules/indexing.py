@@ -16,18 +16,23 @@ from fbackprop.table import joint, row
 
 # --- dynamic slices -----------------------------------------------------------------------------
 
+# Of a negative start the primitives make zero; JAX's functions count from the end, once.
+CLAMPED = {"allow_negative_indices": False}
+
 
 @joint("dynamic_slice")
 def _dynamic_slice(ct, xs, eqn):
     start = xs[1:]
-    return (lax.dynamic_update_slice(zeros(eqn.in_avals[0]), ct, start), *(None,) * len(start))
+    placed = lax.dynamic_update_slice(zeros(eqn.in_avals[0]), ct, start, **CLAMPED)
+    return (placed, *(None,) * len(start))
 
 
 @joint("dynamic_update_slice")
 def _dynamic_update_slice(ct, xs, eqn):
     _, update, *start = xs
-    outside = lax.dynamic_update_slice(ct, lax.full_like(update, 0), start)
-    return (outside, lax.dynamic_slice(ct, start, update.shape), *(None,) * len(start))
+    outside = lax.dynamic_update_slice(ct, lax.full_like(update, 0), start, **CLAMPED)
+    inside = lax.dynamic_slice(ct, start, update.shape, **CLAMPED)
+    return (outside, inside, *(None,) * len(start))
 
 
 # --- gather ---------------------------------------------------------------------------------------

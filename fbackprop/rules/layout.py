@@ -39,7 +39,9 @@ def _broadcast_in_dim(ct, eqn):
 def _tile(ct, eqn):
     aval, reps = eqn.in_avals[0], eqn.params["reps"]
     blocks = [n for pair in zip(reps, aval.shape, strict=True) for n in pair]
-    return lax.reduce_sum(lax.reshape(ct, blocks), tuple(range(0, 2 * aval.ndim, 2)))
+    axes = [d for i in range(aval.ndim) for d in (None, i)]
+    ct = lax.reshape(ct, blocks, out_sharding=sharding_of(aval, axes))
+    return lax.reduce_sum(ct, tuple(range(0, 2 * aval.ndim, 2)))
 
 
 @joint("slice")

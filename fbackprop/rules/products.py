@@ -151,7 +151,7 @@ def _move_groups(x, source: int, target: int, groups: int):
     return lax.reshape(x, (*x.shape[:at], x.shape[at] * x.shape[at + 1], *x.shape[at + 2 :]))
 
 
-def _convolve(x, kernel, low, high, specs, eqn, **options):
+def _convolve(x, kernel, low, high, specs, eqn, operand: int, **options):
     p = eqn.params
     return lax.conv_general_dilated(
         x,
@@ -160,6 +160,7 @@ def _convolve(x, kernel, low, high, specs, eqn, **options):
         dimension_numbers=lax.ConvDimensionNumbers(*specs),
         precision=p["precision"],
         preferred_element_type=p["preferred_element_type"],
+        out_sharding=sharding_of(eqn.in_avals[operand]),
         **options,
     )
 
@@ -180,6 +181,7 @@ def _conv_image(ct, y, eqn):
         image + kernel - 1 - result - low,
         (result_spec, _turned(kernel_spec), image_spec),
         eqn,
+        0,
         window_strides=p["lhs_dilation"],
         lhs_dilation=p["window_strides"],
         rhs_dilation=p["rhs_dilation"],
@@ -205,6 +207,7 @@ def _conv_kernel(ct, x, eqn):
         result + kernel - 1 - image - low,
         (_turned(image_spec), _turned(result_spec), _turned(kernel_spec)),
         eqn,
+        1,
         window_strides=p["rhs_dilation"],
         lhs_dilation=p["lhs_dilation"],
         rhs_dilation=p["window_strides"],

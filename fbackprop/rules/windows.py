@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from fbackprop.passes import pull_function
-from fbackprop.program import close, primitive
+from fbackprop.program import close, primitive, sharding_of
 from fbackprop.rules.reductions import reducer
 from fbackprop.table import joint, row
 
@@ -100,6 +100,7 @@ def _tiles(eqn) -> bool:
         and not any(low or high for low, high in p["padding"])
         and all(d == 1 for d in plain)
         and eqn.out_avals[0].size > 0
+        and sharding_of(eqn.in_avals[0]) is None
     )
 
 
