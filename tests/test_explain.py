@@ -59,6 +59,45 @@ def test_lines_of_library_functions_and_repeated_uses():
     assert by_name["['m']"].formed and not by_name["['w']"].formed
 
 
+def _turned_in_calls(wrap):
+    cell = wrap(lambda w, b, h, c: jnp.tanh(h @ w.T + b[::-1] * c))
+    return lambda p, h: jax.lax.scan(lambda h, b: (cell(p["w"], b, h, p["c"]), None), h, p["b"])[0]
+
+
+def _chosen_in_branches(wrap):
+    cell = wrap(lambda w, c, i, h: jax.lax.cond(i > 1, lambda: h @ w.T, lambda: h @ w * c))
+    return lambda p, h: jax.lax.fori_loop(0, 4, lambda i, h: cell(p["w"], p["c"], i, h), h)
+
+
+def _nested(wrap):
+    cell = wrap(lambda w, h: jnp.tanh(h @ w.T))
+
+    def layers(w, h):
+        return jax.lax.scan(lambda h, _: (cell(w, h), None), h, length=2)[0]
+
+    return lambda p, h: jax.lax.scan(lambda h, b: (layers(p["w"], h) + b, None), h, p["b"])[0]
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
+@pytest.mark.parametrize("make", [_turned_in_calls, _chosen_in_branches, _nested])
+def test_a_weight_that_a_call_in_a_loop_turns_is_one(make, wrap):
+    """Whatever of the call's other operands changes from step to step."""
+    model, (h, y) = make(wrap), jnp.cos(jnp.arange(12.0)).reshape(2, 2, 3)
+    params = {
+        "w": jnp.sin(jnp.arange(9.0)).reshape(3, 3),
+        "b": jnp.sin(jnp.arange(12.0)).reshape(4, 3),
+        "c": jnp.ones(3),
+    }
+    by_name = {leaf.name: leaf for leaf in fb.explain_sites(model, params, h[0]).leaves}
+    assert not by_name["['w']"].formed
+    assert sum(int(use.split()[2]) for use in by_name["['w']"].uses) == 8 or make is not _nested
+    run = fb.sweep(model, fb.losses.squared_error, each=fb.ExampleGradients())
+    expected = jax.vmap(
+        jax.grad(lambda p, h, y: fb.losses.squared_error(model(p, h), y)), (None, 0, 0)
+    )
+    assert_close(run(params, (h, y))["each"], expected(params, h, y))
+
+
 @pytest.mark.parametrize("look", [lambda table, i: table[i], lambda table, i: table.at[i].get()])
 def test_a_lookup_under_vmap_is_one(look):
     table, tokens = (

@@ -342,6 +342,35 @@ def test_explicitly_sharded_arrays(jit):
         assert [str(jax.typeof(a)) for a in ours] == [str(jax.typeof(a)) for a in theirs]
 
 
+SHARDED = {  # of an image (4, 2, 4, 4) along its first axis, and of something on every device
+    "bias": (lambda x, b: jnp.sum((x + b) ** 2), (4, 4)),
+    "scale": (lambda x, s: jnp.sum((x * s) ** 2), (4, 2, 4, 4)),
+    "convolution": (lambda x, k: jnp.sum(lax.conv(x, k, (1, 1), "SAME") ** 2), (3, 2, 3, 3)),
+    "tile": (lambda x, s: jnp.sum(jnp.tile(x, (1, 1, 1, 2)) ** 2 * s), ()),
+    "pooling": (
+        lambda x, s: jnp.sum(
+            s * lax.reduce_window(x, -jnp.inf, lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID") ** 2
+        ),
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_gradients_lie_as_their_arguments_do(name):
+    mesh = two_devices(AxisType.Explicit)
+    f, shape = SHARDED[name]
+    with jax.set_mesh(mesh), jax.numpy_rank_promotion("allow"):
+        x = jax.device_put(
+            jnp.sin(jnp.arange(128.0)).reshape(4, 2, 4, 4), jax.NamedSharding(mesh, P("i"))
+        )
+        w = jnp.cos(jnp.arange(float(np.prod(shape)))).reshape(shape)
+        w = jax.device_put(w, jax.NamedSharding(mesh, P()))
+        ours, theirs = (jax.jit(lib.grad(f, (0, 1)))(x, w) for lib in (fb, jax))
+    assert_close(ours, theirs, scale=10)
+    assert [str(jax.typeof(a)) for a in ours] == [str(jax.typeof(a)) for a in theirs]
+
+
 def test_an_unsharded_constant_among_sharded_arrays():
     """A weight of NumPy's has no sharding, and its gradient is a copy on each device."""
     mesh = two_devices(AxisType.Explicit)

@@ -43,6 +43,33 @@ def gauss_newton(case):
     return jnp.einsum("nap,nab,nbq->pq", j, h, j) / len(j)
 
 
+def test_the_dual_operator_of_complex_weights_made_of_real_ones():
+    """A layer of Fourier coefficients: what is read along a direction is real."""
+
+    def model(p, x):
+        f = jnp.fft.rfft(x)
+        return jnp.fft.irfft(f.at[:3].multiply(p["re"] + 1j * p["im"]), n=8)
+
+    params = {"re": jnp.array([0.5, -1.0, 0.3]), "im": jnp.array([0.1, 0.7, -0.4])}
+    x, y = jnp.sin(jnp.arange(48.0)).reshape(2, 3, 8)
+    rows = fb.sweep(model, fb.losses.squared_error, rows=fb.GGNRows())(params, (x, y))["rows"]
+    for found, expected in behaves(rows, rows.dense()).values():
+        naive.assert_close(found, expected)
+
+
+def test_the_dual_solution_in_half_precision():
+    """Products are rounded to the parameters' digits, so that the least damping is larger."""
+    x = jax.random.normal(jax.random.key(0), (12, 40), jnp.bfloat16)
+    y = jax.random.normal(jax.random.key(1), (12, 2), jnp.bfloat16)
+    params = jnp.zeros((40, 2), jnp.bfloat16)
+    step = fb.optim.step(lambda w, x: x @ w, fb.losses.squared_error, fb.optim.gauss_newton())
+    state, losses = step.optimizer.init(params), []
+    for _ in range(8):
+        params, state, info = step(params, state, (x, y))
+        losses.append(float(info["loss"]))
+    assert losses[-1] < 1e-2 * losses[0] and max(losses[2:]) <= losses[1]
+
+
 def wave(space):
     """Some vector of the space."""
     return space.unravel(jnp.sin(jnp.arange(space.size, dtype=space.dtype)))

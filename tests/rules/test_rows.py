@@ -199,6 +199,10 @@ INDEX = np.array([1, 0, 1], np.int32)
 INDEXING = {
     "dynamic_slice": lambda x: lax.dynamic_slice(x, (1, 5), (1, 2)),
     "dynamic_update_slice": lambda x: lax.dynamic_update_slice(x, x[:1, :2] * 3, (1, -1)),
+    "dynamic_slice before the start": lambda x: lax.dynamic_slice(x, (-9, -1), (1, 2)),
+    "dynamic_update_slice before the start": (
+        lambda x: lax.dynamic_update_slice(x, x[1:, :2] * 3, (-9, -1))
+    ),
     "gather": lambda x: x[INDEX],
     "gather, two axes": lambda x: x[INDEX, jnp.array([2, 2, 0])],
     "gather, clipped": lambda x: x.at[jnp.array([5, -7]), 1].get(mode="clip"),
