@@ -7,6 +7,7 @@ Exit status: 0 success, 1 the script's own failure, 2 a command line that makes 
 import contextlib
 import io
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, TypeVar
@@ -93,11 +94,18 @@ def _parse(settings_type: Callable[..., Settings], arguments: Sequence[str] | No
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(settings_type, args=arguments)
+            return tyro.cli(settings_type, args=arguments, prog=_program(sys.argv[0]))
     except SystemExit as leaving:
         if leaving.code:
             raise UsageError(_first_paragraph(said.getvalue())) from None
         raise
+
+
+def _program(path: str) -> str:
+    """How an experiment is called, from where it lies."""
+    file = pathlib.Path(path)
+    ours = file.parent == pathlib.Path(__file__).parent
+    return f"python -m experiments.{file.stem}" if ours else file.name
 
 
 def _first_paragraph(box: str) -> str:

@@ -225,7 +225,9 @@ class Outcome:
     def curve(self, quantity: str) -> Quartiles:
         """Over seeds, (R, …)."""
         values = getattr(self.records, quantity)
-        return quartiles(finite(values) if quantity == "train_loss" else values)
+        if quantity == "train_loss":
+            return quartiles(finite(values))
+        return quartiles(values, worse="lower" if quantity == "test_accuracy" else "higher")
 
     @property
     def diverged(self) -> int:

@@ -1,9 +1,8 @@
 """What comes of an optimizer: its best setting, how that ended, and when it reached a target.
 
 The best setting is the one of the lowest median, over seeds, of the last training loss. A loss that
-is not a number counts as infinite. Medians and quartiles are values that occurred (of an even
-number of seeds the median is the higher one in the middle), so infinity is one of them like any
-other.
+is not a number counts as infinite. Medians and quartiles are values that occurred, so infinity is
+one of them like any other: of an even number of seeds the median is the worse one in the middle.
 
 Index legend: S settings, K seeds, R records.
 """
@@ -73,8 +72,10 @@ class Outcome:
     def curve(self, quantity: Quantity) -> Quartiles:
         """Of the best setting, (R,); NaN where there is no test part."""
         values = getattr(self.found.curves, quantity)[self.best]
+        if quantity == "test_score":
+            return quartiles(values, worse="lower")
         untested = quantity != "train_loss" and np.isnan(values[:, 0]).all()
-        return quartiles(values if untested or quantity == "test_score" else finite(values))
+        return quartiles(values if untested else finite(values))
 
     def end(self, quantity: Quantity) -> Quartiles:
         """Of the best setting at its last record, three numbers."""
@@ -112,10 +113,10 @@ def best_setting(found: Found) -> int:
     return int(np.argmin(final_losses(found).median))
 
 
-def quartiles(values: np.ndarray) -> Quartiles:
+def quartiles(values: np.ndarray, worse: Literal["higher", "lower"] = "higher") -> Quartiles:
     """Over the first axis."""
     lower, upper = np.quantile(values, [0.25, 0.75], axis=0, method="inverted_cdf")
-    return Quartiles(lower, np.quantile(values, 0.5, axis=0, method="higher"), upper)
+    return Quartiles(lower, np.quantile(values, 0.5, axis=0, method=worse), upper)
 
 
 def finite(losses: np.ndarray) -> np.ndarray:

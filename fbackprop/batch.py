@@ -46,7 +46,8 @@ def sweep(
         example has of its own.
       loss: ``loss(prediction, y)`` of one example, a scalar.
       reduction: "mean" (Σ wₙ ℓₙ / Σ wₙ) or "sum" (Σ wₙ ℓₙ) over examples, for the loss, the
-        gradient and the curvature.
+        gradient, clipped or not, and the curvature. What is of single examples, and statistics of
+        their gradients, stay as they are.
       chunk: how many examples to go through at a time; None for all. Same results, less memory.
       strict: refuse primitives without a hand-written rule instead of deriving one.
       rules: other backward rules for the model, as of `vjp`.
@@ -79,6 +80,8 @@ def sweep(
         raise ValueError(f'reduction must be "mean" or "sum", but it is {reduction!r}')
     if chunk is not None and not is_count(chunk):
         raise ValueError(f"chunk={chunk}: give a whole number of examples, at least one")
+    if not isinstance(strict, bool):  # a quantity by that name, perhaps
+        raise TypeError(f"strict={strict!r} must be True or False")
     for name, quantity in quantities.items():
         if not isinstance(quantity, Quantity):
             raise TypeError(

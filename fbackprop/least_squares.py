@@ -389,7 +389,9 @@ def _is_finite(model: _Model) -> jax.Array:
 
 def _check_settings(max_steps, rtol, atol) -> None:
     if not is_count(max_steps):
-        raise ValueError(f"least_squares: max_steps is {max_steps}; allow at least one step")
+        raise ValueError(
+            f"least_squares: max_steps is {max_steps}; give a whole number from one up"
+        )
     for name, value in (("rtol", rtol), ("atol", atol)):
         known = None if value is None else value_of(value)
         if known is not None and not known >= 0:

@@ -262,7 +262,7 @@ def value_and_grad(
     """
     if not callable(fun):
         raise TypeError(f"grad differentiates functions, but its first argument is {fun!r}")
-    several = not hasattr(argnums, "__index__")
+    several = np.ndim(argnums) > 0 if hasattr(argnums, "__index__") else True
     wanted: Any = argnums if several else (argnums,)
     try:
         chosen = [operator.index(i) for i in wanted]

@@ -82,6 +82,11 @@ def surrogate(name: Any, kind: str = "fast_sigmoid", slope: float = 10.0) -> dic
     return {name: rule}
 
 
+def _check_named(who: str, names: tuple) -> None:
+    if not names:
+        raise ValueError(f"{who}() changes nothing: give the names of checkpoint_name's values")
+
+
 def clipped(*names: Any, max_norm: float) -> dict:
     """Clip the error signal of named values to a norm, inside the pass.
 
@@ -92,6 +97,7 @@ def clipped(*names: Any, max_norm: float) -> dict:
       *names: keys, such as the names that `checkpoint_name` gave.
       max_norm: the largest norm that passes unchanged.
     """
+    _check_named("clipped", names)
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm}: give a positive norm")
 
@@ -110,6 +116,7 @@ def noisy(*names: Any, key: jax.Array, stddev) -> dict:
       key: a `jax.random.key`; see `quantised` for what it is folded with.
       stddev: of the noise; a number or an array.
     """
+    _check_named("noisy", names)
 
     def rule(key, stddev, ct):
         return ct + stddev.astype(ct.dtype) * jax.random.normal(

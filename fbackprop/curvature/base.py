@@ -121,6 +121,11 @@ def conjugate_gradients(
       operator, tree, damping: A, v and a scalar.
       tolerance: the residual's norm at which to stop, relative to that of v.
       max_iterations: how many products to spend at most; by default ten per dimension.
+
+    Returns:
+      The solution in the dtypes of the space. NaN if that many did not bring the residual below v
+      itself, unless `max_iterations` asked for what is then there: a singular matrix without
+      damping has a solution for some v only.
     """
     check_not_negative(damping)
     space = operator.space
@@ -131,7 +136,12 @@ def conjugate_gradients(
 
         return jax.tree.map(damped, operator.matvec(v), v)
 
-    solution, _ = cg(multiply, space.wide(tree), tol=tolerance, maxiter=max_iterations)
+    v = space.wide(tree)
+    solution, _ = cg(multiply, v, tol=tolerance, maxiter=max_iterations)
+    if max_iterations is None:
+        left = optax.tree.norm(optax.tree.sub(v, multiply(solution)))
+        solved = left <= optax.tree.norm(v)
+        solution = jax.tree.map(lambda x: jnp.where(solved, x, jnp.nan), solution)
     return space.cast(solution)
 
 

@@ -7,6 +7,7 @@ map of tangents. Both read the one tape, and no product computes anything of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,22 @@ from fbackprop.curvature.dual import GGNRows
 from fbackprop.curvature.space import Space
 from fbackprop.objective import Objective
 from fbackprop.program import is_inexact, type_of
-from fbackprop.reverse import grad, value_and_grad, vjp
+from fbackprop.reverse import value_and_grad, vjp
 from fbackprop.sites import wide
 
 
 class _Products(Curvature):
     objective: Objective
+
+    @classmethod
+    def of(cls, objective: Objective) -> Self:
+        """That of an objective."""
+        operator = cls.__new__(cls)
+        operator._linearise(objective)
+        return operator
+
+    def _linearise(self, objective: Objective) -> None:
+        raise NotImplementedError
 
     @property
     def space(self):
@@ -38,7 +49,8 @@ class _Products(Curvature):
           tree: v.
           damping: a scalar, not below zero.
           tolerance: the residual's norm at which to stop, relative to that of v.
-          max_iterations: how many products to spend at most; by default ten per dimension.
+          max_iterations: how many products to spend at most; by default ten per dimension, and
+            NaN if there was no solution by then.
         """
         return conjugate_gradients(self, tree, damping, tolerance, max_iterations)
 
@@ -70,13 +82,6 @@ class GaussNewton(_Products):
 
     def __init__(self, model: Callable, loss: Callable, params, batch, **options):
         self._linearise(Objective(model, loss, params, batch, **options))
-
-    @classmethod
-    def of(cls, objective: Objective) -> GaussNewton:
-        """That of an objective."""
-        operator = cls.__new__(cls)
-        operator._linearise(objective)
-        return operator
 
     def _linearise(self, objective: Objective) -> None:
         objective.check()
@@ -160,17 +165,27 @@ class Hessian(_Products):
 
     Args:
       model, loss, params, batch, further, weights, key: as of `GaussNewton`.
+
+    Attributes:
+      value: the loss, a scalar.
     """
 
     def __init__(self, model: Callable, loss: Callable, params, batch, **options):
-        self.objective = Objective(model, loss, params, batch, **options)
-        self.objective.check()
-        leaves, structure = jax.tree.flatten(params)
+        self._linearise(Objective(model, loss, params, batch, **options))
 
-        def value(moving):
-            return self.objective.value(structure.unflatten(_replaced(leaves, moving)))
+    def _linearise(self, objective: Objective) -> None:
+        objective.check()
+        self.objective = objective
+        leaves, structure = jax.tree.flatten(objective.params)
 
-        _, self._pullback = vjp(grad(value), _moving(leaves))
+        def slope(moving):
+            def value(moving):
+                return objective.value(structure.unflatten(_replaced(leaves, moving)))
+
+            value, gradient = value_and_grad(value)(moving)
+            return gradient, value
+
+        _, self._pullback, self.value = vjp(slope, _moving(leaves), has_aux=True)
 
     def matvec(self, tree):
         leaves, structure = jax.tree.flatten(self.space.cast(tree))
@@ -203,4 +218,4 @@ def _register(cls, names: tuple[str, ...]) -> None:
 
 
 _register(GaussNewton, ("objective", "value", "_slopes", "_hessians", "_pullback", "_pushforward"))
-_register(Hessian, ("objective", "_pullback"))
+_register(Hessian, ("objective", "value", "_pullback"))

@@ -81,11 +81,10 @@ def check_positive(who: str, **settings) -> None:
 
 def check_count(who: str, **settings) -> None:
     """Refuse settings that are not whole numbers from one up; traced values pass."""
-    check_positive(who, **settings)
     for name, value in settings.items():
         number = _number(who, name, value)
-        if number is not None and number != int(number):
-            raise ValueError(f"{who}: {name}={value} must be a whole number")
+        if number is not None and not (number >= 1 and number.is_integer()):
+            raise ValueError(f"{who}: {name}={value} must be a whole number, at least one")
 
 
 def check_rate(who: str, learning_rate) -> None:
@@ -119,9 +118,9 @@ def check_start(who: str, damping) -> None:
 def _number(who: str, name: str, value) -> float | None:
     """The value of a setting; None for a schedule, and for what is traced."""
     known = None if callable(value) else value_of(value)
-    if known is None:
+    if known is None and value is not None:
         return None
-    if isinstance(known, str) or jnp.shape(known) != ():
+    if isinstance(known, str | None) or jnp.shape(known) != ():
         raise TypeError(f"{who}: {name}={value!r} must be a number")
     return float(known)
 

@@ -8,7 +8,7 @@ import optax
 from fbackprop.curvature.base import Curvature
 from fbackprop.curvature.dual import DualGaussNewton, GGNRows
 from fbackprop.objective import Objective
-from fbackprop.optim.common import ScalarOrSchedule, with_learning_rate
+from fbackprop.optim.common import ScalarOrSchedule, check_damping, with_learning_rate
 from fbackprop.optim.precondition import precondition_by_curvature, with_curvature
 
 SPACES = ("auto", "primal", "dual")
@@ -66,14 +66,19 @@ def gauss_newton(
     Returns:
       A transformation whose `update` takes ``objective=``, an `Objective`.
     """
+    return _exact("gauss_newton", learning_rate, damping, space, rows_of(curvature))
+
+
+def _exact(who: str, learning_rate, damping, space: str, rows: GGNRows):
     check_space(space)
-    rows = rows_of(curvature)
+    if damping is not None:
+        check_damping(who, damping)
 
     def measure(objective: Objective, key: jax.Array) -> Curvature:
         return exact_curvature(objective, key, rows, space)
 
     precondition = with_curvature(precondition_by_curvature(damping), measure)
-    return with_learning_rate("gauss_newton", precondition, learning_rate)
+    return with_learning_rate(who, precondition, learning_rate)
 
 
 def natural_gradient(
@@ -90,4 +95,4 @@ def natural_gradient(
     with ``curvature=GGNRows(samples=1)`` by default.
     """
     rows = rows_of(curvature, samples=1)
-    return gauss_newton(learning_rate, damping, space=space, curvature=rows)
+    return _exact("natural_gradient", learning_rate, damping, space, rows)

@@ -27,10 +27,14 @@ class Rule(NamedTuple):
 
 
 def reduction_ratio(before, after, predicted) -> jax.Array:
-    """The loss's reduction over the predicted one; −1 where the loss is not finite."""
+    """The loss's reduction over the predicted one; −1 where the loss is not finite.
+
+    Where the model promises no reduction, or less than the loss's rounding error, it is 1 if the
+    loss did not rise and −1 if it did: a step that is not the model's minimum, of a learning rate
+    and momentum, may be promised a rise, and does better than that with too much damping.
+    """
     actual = before - after
     noise = jnp.finfo(actual.dtype).eps * jnp.abs(before)
-    # Where the model promises less than the loss's rounding error, there is nothing to tell.
     ratio = jnp.where(predicted > noise, actual / jnp.where(predicted > noise, predicted, 1), 1.0)
     ratio = jnp.where((predicted <= noise) & (actual < -noise), -1.0, ratio)
     return jnp.where(jnp.isfinite(after) & jnp.isfinite(ratio), ratio, -1.0)

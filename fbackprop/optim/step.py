@@ -113,10 +113,19 @@ def _kept_unless(finite, new, old):
     that a `vmap` goes through at once, so that what is done every few steps stays a branch.
     """
 
+    def emptied(x, y):
+        """What `optax.MultiSteps` has gathered goes with the update that it was for."""
+        if not isinstance(x, optax.MultiStepsState):
+            return y
+        goes = ~finite & (x.mini_step == 0)
+        kept = jax.tree.map(lambda a: jnp.where(goes, 0, a).astype(a.dtype), y.acc_grads)
+        return y._replace(acc_grads=kept)
+
     def of_node(x, y):
         moves = not _is_member(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
         return jnp.where(finite, x, y) if moves else x  # a branch would copy them all
 
+    old = jax.tree.map(emptied, new, old, is_leaf=lambda x: isinstance(x, optax.MultiStepsState))
     return jax.tree.map(of_node, new, old, is_leaf=_is_member)
 
 

@@ -58,6 +58,8 @@ class Kronecker(Quantity):
             raise ValueError(f'sharing={self.sharing!r}: choose "expand" or "reduce"')
         if self.vectors not in ("block", "diagonal", "joint"):
             raise ValueError(f'vectors={self.vectors!r}: choose "block", "diagonal" or "joint"')
+        if self.empirical and (self.label is not None or self.samples is not None):
+            raise ValueError("empirical=True takes the data's labels: leave out samples=, label=")
         if self.label is not None and self.samples is None:
             raise ValueError("label= draws labels: say how many with samples=")
         super().__post_init__()

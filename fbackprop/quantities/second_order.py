@@ -91,6 +91,11 @@ class FisherDiagonal(_Diagonal):
     empirical: bool = False
     per_example: bool = False
 
+    def __post_init__(self):
+        if self.empirical and self.label is not None:
+            raise ValueError("empirical=True takes the data's labels: leave out label=")
+        super().__post_init__()
+
     @property
     def columns(self):
         return LossGradient() if self.empirical else labels(self.samples, self.label)
