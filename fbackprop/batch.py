@@ -46,8 +46,8 @@ def sweep(
         example has of its own.
       loss: ``loss(prediction, y)`` of one example, a scalar.
       reduction: "mean" (Σ wₙ ℓₙ / Σ wₙ) or "sum" (Σ wₙ ℓₙ) over examples, for the loss, the
-        gradient, clipped or not, and the curvature. What is of single examples, and statistics of
-        their gradients, stay as they are.
+        gradient and the curvature. What is of single examples, and means over their gradients
+        (clipped ones, moments), stay as they are.
       chunk: how many examples to go through at a time; None for all. Same results, less memory.
       strict: refuse primitives without a hand-written rule instead of deriving one.
       rules: other backward rules for the model, as of `vjp`.

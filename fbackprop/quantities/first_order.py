@@ -59,11 +59,10 @@ class ExampleNorms(Quantity):
 class ClippedGradient(Quantity):
     r"""Mean of the examples' gradients, each clipped to a norm: what DP-SGD adds its noise to.
 
-    Of a summed loss it is their sum.
-
     $$\frac1N \sum_n g_n \min(1, \text{max\_norm} / \lVert g_n \rVert)$$
 
-    One backward pass serves for norms and sum (Abadi et al. 2016, algorithm 1; Li et al. 2022).
+    One backward pass serves for norms and sum (Abadi et al. 2016, algorithm 1; Li et al. 2022). A
+    mean of a summed loss too, as all statistics of examples' gradients.
 
     Attributes:
       max_norm: positive.
@@ -72,7 +71,6 @@ class ClippedGradient(Quantity):
 
     max_norm: float
     per_leaf: bool = False
-    scales = True
 
     def __post_init__(self):
         if isinstance(self.max_norm, str | None) or jnp.shape(self.max_norm) != ():

@@ -93,6 +93,15 @@ def test_clipping_a_named_signal():
         fb.credit.clipped("h", max_norm=0)
 
 
+def test_signals_to_change_must_be_named():
+    for make in (
+        lambda: fb.credit.clipped(max_norm=1.0),
+        lambda: fb.credit.noisy(key=jax.random.key(0), stddev=1.0),
+    ):
+        with pytest.raises(ValueError, match="changes nothing: give the names"):
+            make()
+
+
 def test_noise_on_a_named_signal():
     full = fb.grad(named)(X)
 

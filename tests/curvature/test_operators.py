@@ -57,6 +57,26 @@ def test_the_dual_operator_of_complex_weights_made_of_real_ones():
         naive.assert_close(found, expected)
 
 
+def test_conjugate_gradients_without_a_solution_are_nan():
+    """Where the curvature is singular, for what is not in its range."""
+    x = jnp.sin(jnp.arange(12.0)).reshape(3, 4)
+    operator = fb.GaussNewton(jnp.dot, fb.losses.squared_error, jnp.zeros(4), (x, jnp.zeros(3)))
+    inside = operator.matvec(jnp.array([1.0, -2.0, 0.5, 3.0]))
+    naive.assert_close(operator.matvec(operator.solve(inside)), inside, 1e-5)
+    assert jnp.all(jnp.isnan(operator.solve(jnp.arange(4.0))))
+    assert jnp.all(jnp.isfinite(operator.solve(jnp.arange(4.0), damping=1e-3)))
+    assert jnp.all(jnp.isfinite(operator.solve(jnp.arange(4.0), max_iterations=2)))
+
+
+def test_products_of_an_objective():
+    x, y = jnp.sin(jnp.arange(12.0)).reshape(3, 4), jnp.ones(3)
+    problem = fb.Objective(jnp.dot, fb.losses.squared_error, jnp.ones(4), (x, y))
+    for kind in (fb.GaussNewton, fb.Hessian):
+        operator = kind.of(problem)
+        naive.assert_close(operator.value, problem.value())
+        naive.assert_close(operator.dense(), x.T @ x / 3)
+
+
 def test_the_dual_solution_in_half_precision():
     """Products are rounded to the parameters' digits, so that the least damping is larger."""
     x = jax.random.normal(jax.random.key(0), (12, 40), jnp.bfloat16)

@@ -551,6 +551,26 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(optimizer):
     assert step(after, state, batch)[2]["loss"] < info["loss"]
 
 
+@pytest.mark.parametrize("mean", [True, False])
+def test_what_several_batches_gathered_goes_with_a_bad_one(mean):
+    step = fb.optim.step(
+        perceptron,
+        fb.losses.squared_error,
+        optax.MultiSteps(optax.sgd(0.1), 2, use_grad_mean=mean),
+    )
+    start, batch = perceptron_params(), examples()
+    bad = batch[0].at[0, 0].set(jnp.nan), batch[1]
+
+    def after(*batches):
+        params, state = start, step.optimizer.init(start)
+        for each in batches:
+            params, state, _ = step(params, state, each)
+        return params
+
+    found, expected = after(batch, bad, batch, batch), after(batch, batch)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, expected)
+
+
 def test_gradients_of_several_batches():
     """optax.MultiSteps, which accumulates them."""
     optimizer = optax.MultiSteps(fb.optim.gauss_newton(damping=1.0), 2)
