@@ -262,7 +262,7 @@ def value_and_grad(
     """
     if not callable(fun):
         raise TypeError(f"grad differentiates functions, but its first argument is {fun!r}")
-    several = np.ndim(argnums) > 0 if hasattr(argnums, "__index__") else True
+    several = not hasattr(argnums, "__index__") or np.ndim(argnums) > 0
     wanted: Any = argnums if several else (argnums,)
     try:
         chosen = [operator.index(i) for i in wanted]
