@@ -404,7 +404,7 @@ def test_tolerances_stop_earlier():
         (lambda params: jnp.ones(0), jnp.ones(2), {}, "the residuals are empty"),
         (lambda params: params > 0, jnp.ones(2), {}, "the residuals hold an array of dtype bool"),
         (lambda params: params * 1j, jnp.ones(2), {}, "the residuals hold .* complex"),
-        (rosenbrock, jnp.ones(2), {"max_steps": 0}, "max_steps is 0; allow at least one step"),
+        (rosenbrock, jnp.ones(2), {"max_steps": 0}, "max_steps is 0; give a whole number"),
     ],
 )
 def test_refuses_what_it_cannot_fit(residual, params, kwargs, message):
