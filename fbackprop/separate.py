@@ -233,31 +233,37 @@ class Separation(_Weights):
         keys = self.weights if keys is None else keys
         env: dict = dict(self.program.constants)
         env.update(zip(self.program.inputs, values, strict=True))
-        wanted = _by_equation(keys)
-        for eqn in self._way_to(keys)[0]:
+        for eqn, wanted in self._way_to(keys)[0]:
             operands = [env.get(v) if isinstance(v, Var) else v.val for v in eqn.inputs]
             if eqn in self._inner:
-                outs, weights = self._inner[eqn].prepare(operands, wanted.get(eqn, set()))
+                outs, weights = self._inner[eqn].prepare(operands, wanted)
                 env.update(((eqn, k), w) for k, w in weights.items())
             else:
                 outs = eqn.bind(*operands)
             env.update(zip(eqn.outputs, outs, strict=True))
         return [read(env, key) for key in keys]
 
-    def _way_to(self, keys: Sequence) -> tuple[list[Equation], set[Var]]:
-        """The equations that compute these from parameters, in order, and the variables needed."""
-        wanted = _by_equation(keys)
+    def _way_to(self, keys: Sequence) -> tuple[list[tuple[Equation, set[int]]], set[Var]]:
+        """How these are computed from parameters.
+
+        Returns:
+          the equations in order, each with the numbers of the weights among `keys` that it computes
+          inside; and the variables needed.
+        """
         needed: set[Var] = {key for key in keys if isinstance(key, Var)}
+        inside: dict[Equation, set[int]] = {}
+        for eqn, number in (key for key in keys if isinstance(key, tuple)):
+            inside.setdefault(eqn, set()).add(number)
         steps = []
         for eqn in reversed(self.program.equations):
-            read: set = set()
+            wanted, read = inside.get(eqn, set()), set[Var]()
             if any(v in needed for v in eqn.outputs):
                 read = {v for v in eqn.inputs if isinstance(v, Var)}
-            elif eqn in wanted:  # of a call's operands, only some may matter to a weight
-                read = set().union(*map(self._inner[eqn].sources, wanted[eqn]))
+            elif wanted:  # of a call's operands, only some may matter to a weight
+                read = read.union(*map(self._inner[eqn].sources, wanted))
             else:
                 continue
-            steps.append(eqn)
+            steps.append((eqn, wanted))
             needed |= read - self.given
         return steps[::-1], needed
 
@@ -341,15 +347,16 @@ class _Inner(_Weights):
           loop: the loop around the uses of a weight, if any.
 
         Returns:
-          the place of each weight among `weights`, and of those that the body computes the number.
+          the place of each weight among `weights`; and by number those that the body computes.
         """
         given = dict(zip(part.program.inputs, operands, strict=True))
         places, own = [], {}
         for key, loose, depth in zip(part.weights, part.loose, part.depth, strict=True):
-            if key not in given:
-                own[key] = self._n_own
+            named = given.get(key)
+            if named is None:
+                named = self.eqn, self._n_own
+                own[self._n_own] = key
                 self._n_own += 1
-            named = given.get(key) or (self.eqn, own[key])
             depth += sum(around.stacked for around in loop(key))
             places.append(self.enlist(named, list(map(self._with_line, loose)), depth))
         for use in part.uses:
@@ -521,8 +528,7 @@ class _Scan(_Inner):
         return {k: self.eqn.params[k] for k in ("length", "reverse")}
 
     def sources(self, number):
-        counted = any(k == number and self._is_counted(key) for key, k in self.own.items())
-        if counted:  # by all that turns with the loop
+        if self._is_counted(self.own[number]):  # by all that turns with the loop
             return {v for v in self.eqn.inputs if isinstance(v, Var)}
         return _sources(self.part, self.own, number, self.eqn.inputs)
 
@@ -530,13 +536,11 @@ class _Scan(_Inner):
         consts, carry, xs = self._groups(operands)
         body = self.part.program
         kept = [c if u else None for c, u in zip(carry, self.unchanged, strict=True)]
-        own = [key for key, k in self.own.items() if k in wanted]
-        varying = [key for key in own if self._varies(key)]
-        fixed = [key for key in own if key not in varying]
-        values = self.part.prepare([*consts, *kept, *(None for _ in xs)], fixed)
-        weights = dict(zip(fixed, values, strict=True))
+        varying = {k: self.own[k] for k in wanted if self._varies(self.own[k])}
+        operands = [*consts, *kept, *(None for _ in xs)]
+        weights = _prepared(self.part, self.own, wanted - varying.keys(), operands)
         turning = [False] * len(kept)
-        if any(map(self._is_counted, varying)):
+        if any(map(self._is_counted, varying.values())):
             _, given, _ = self._groups(self.given)
             turning = [not g and not u for g, u in zip(given, self.unchanged, strict=True)]
 
@@ -553,11 +557,12 @@ class _Scan(_Inner):
                 lambda now, xs: (prepared(now, xs, ends), now), start, xs, **self._options()
             )
         if varying:
-            values = jax.vmap(lambda state, xs: prepared(state, xs, varying))(states, xs)
+            keys = list(varying.values())
+            values = jax.vmap(lambda state, xs: prepared(state, xs, keys))(states, xs)
             weights.update(zip(varying, values, strict=True))
         outs = [c if u else None for c, u in zip(carry, self.unchanged, strict=True)]
         outs += [None] * (len(self.data) - len(outs))
-        return outs, {self.own[key]: weights[key] for key in own}
+        return outs, weights
 
     def meet(self, weights, operands, nudges):
         consts, carry, xs = self._groups(operands)
@@ -582,26 +587,17 @@ class _Scan(_Inner):
         return [*last, *ys], met
 
 
-def _by_equation(keys: Sequence) -> dict[Equation, set[int]]:
-    """Which of the weights computed inside equations are among these, by number."""
-    found: dict[Equation, set[int]] = {}
-    for key in keys:
-        if isinstance(key, tuple):
-            found.setdefault(key[0], set()).add(key[1])
-    return found
-
-
 def _sources(part: Separation, own: dict, number: int, operands: Sequence) -> set[Var]:
     """The operands that a weight depends on, one of a body's own."""
-    found = set().union(*(part.sources(key) for key, k in own.items() if k == number))
+    found = part.sources(own[number]) if number in own else set()
     pairs = zip(operands, part.program.inputs, strict=True)
     return {v for v, inside in pairs if inside in found and isinstance(v, Var)}
 
 
 def _prepared(part: Separation, own: dict, wanted: set[int], operands: Sequence) -> dict[int, Any]:
     """Those of a body's own weights that are wanted, by number."""
-    keys = [key for key, k in own.items() if k in wanted]
-    return {own[key]: x for key, x in zip(keys, part.prepare(operands, keys), strict=True)}
+    mine = {k: key for k, key in own.items() if k in wanted}
+    return dict(zip(mine, part.prepare(operands, list(mine.values())), strict=True))
 
 
 _KINDS = {

@@ -102,7 +102,7 @@ def clipped(*names: Any, max_norm: float) -> dict:
         raise ValueError(f"max_norm={max_norm}: give a positive norm")
 
     def rule(ct):
-        norm = jnp.linalg.norm(ct.astype(jnp.promote_types(ct.dtype, jnp.float32)).ravel())
+        norm = jnp.linalg.norm(wide(ct).ravel())
         return ct * (max_norm / jnp.maximum(norm, max_norm)).astype(ct.dtype)
 
     return dict.fromkeys(names, rule)

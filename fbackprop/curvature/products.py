@@ -178,11 +178,11 @@ class Hessian(_Products):
         self.objective = objective
         leaves, structure = jax.tree.flatten(objective.params)
 
-        def slope(moving):
-            def value(moving):
-                return objective.value(structure.unflatten(_replaced(leaves, moving)))
+        def loss(moving):
+            return objective.value(structure.unflatten(_replaced(leaves, moving)))
 
-            value, gradient = value_and_grad(value)(moving)
+        def slope(moving):
+            value, gradient = value_and_grad(loss)(moving)
             return gradient, value
 
         _, self._pullback, self.value = vjp(slope, _moving(leaves), has_aux=True)
