@@ -23,8 +23,9 @@ from fbackprop.program import (
     zeros,
 )
 from fbackprop.rewrite import Overrides
-from fbackprop.separate import Separation, Weight, separate
+from fbackprop.separate import Separation, separate
 from fbackprop.taps import Plan, is_named, plan
+from fbackprop.uses import Weight
 
 
 class Tapped(NamedTuple):

@@ -1,15 +1,17 @@
-"""Uses: the places where a weight meets data, and which of them have structure."""
+"""Weights, their uses (the places where one meets data), and which of those have structure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
 from fbackprop.biases import Bias
 from fbackprop.program import UNKNOWN_LINE, Equation
+
+Mask = tuple[bool, ...]
 
 
 class Loop(NamedTuple):
@@ -57,6 +59,39 @@ class Use(NamedTuple):
     @property
     def nudge_shape(self) -> tuple[int, ...]:
         return (*(loop.length for loop in self.loops), *self.eqn.out_avals[0].shape)
+
+
+class Weight(NamedTuple):
+    """A weight in the second part: as it is, and nudged for uses without structure."""
+
+    plain: Any
+    nudged: Any
+
+
+class Weights:
+    """Weights, each listed once.
+
+    Attributes:
+      weights: what names each of them.
+      loose: for each its uses without structure, described; it is nudged itself if there are any.
+      depth: for each how many loops it comes stacked for.
+    """
+
+    def __init__(self):
+        self.weights: list = []
+        self.loose: list[list[str]] = []
+        self.depth: list[int] = []
+
+    def enlist(self, key, loose: list[str], depth: int = 0) -> int:
+        """List a weight, with further uses if it is there already; returns its place."""
+        if key not in self.weights:
+            self.weights.append(key)
+            self.loose.append([])
+            self.depth.append(depth)
+        i = self.weights.index(key)
+        self.loose[i] += loose
+        self.depth[i] = min(self.depth[i], depth)
+        return i
 
 
 def untaken(dtype):
