@@ -163,6 +163,7 @@ def test_relevance_is_conserved(name, rules):
     np.testing.assert_allclose(jnp.sum(found), f(x), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_relevance_of_a_batch_by_vmap():
     xs = normal(50, 3, 6)
     got = jax.vmap(lambda x: fb.credit.relevance(mlp, x))(xs)

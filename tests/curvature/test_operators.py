@@ -17,7 +17,7 @@ CASES = [
     "mlp",
     pytest.param("tied_linear", marks=pytest.mark.slow),
     pytest.param("scanned_transformer", marks=pytest.mark.slow),
-    "conv1d_scanned",
+    pytest.param("conv1d_scanned", marks=pytest.mark.slow),
 ]
 
 
@@ -217,6 +217,7 @@ def test_negative_curvature_of_the_loss_is_left_out():
     np.testing.assert_allclose(rows(case.params), expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_weights_of_examples_and_a_key():
     def model(w, x, key):
         return w @ (x * jax.random.bernoulli(key, 0.5, x.shape))

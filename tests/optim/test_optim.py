@@ -88,6 +88,7 @@ def test_gauss_newton_fits_a_batch_to_the_last_bits():
     assert info["loss"] < 1e-11
 
 
+@pytest.mark.slow
 def test_gauss_newton_is_newtons_method_for_softmax_regression():
     with jax.enable_x64(True):
         params, batch = normal(0, 4, 3), (normal(1, 9, 4), jnp.arange(9) % 3)
