@@ -417,13 +417,15 @@ def _kind_of(eqn: Equation, ins: list) -> str | None:
 
 
 def _category(key, logits, target):
-    """A class for each position; a masked position stays masked, a distribution keeps its sum."""
+    """A class for each position; a masked position stays masked.
+
+    A distribution of sum w counts for w labels, whose squared gradients are w times those of one.
+    """
     label = jax.random.categorical(key, logits)
     if jnp.issubdtype(target.dtype, jnp.integer):
         return jnp.where((target >= 0) & (target < logits.shape[-1]), label, target)
-    return jax.nn.one_hot(label, logits.shape[-1], dtype=target.dtype) * target.sum(
-        -1, keepdims=True
-    )
+    of_one = jax.nn.one_hot(label, logits.shape[-1], dtype=target.dtype)
+    return of_one * jnp.sqrt(target.sum(-1, keepdims=True))
 
 
 def _bernoulli(key, logits, target):

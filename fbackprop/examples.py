@@ -81,7 +81,9 @@ def length(trees, weights) -> int:
     if len(set(sizes.values())) > 1:
         said = ", ".join(f"{name}: {size}" for name, size in sizes.items())
         raise ValueError(f"the leading axes of a batch must be of one length, but are {said}")
-    if not sizes or 0 in sizes.values():
+    if not sizes:
+        raise ValueError("the batch holds no arrays: their leading axes are the examples")
+    if 0 in sizes.values():
         raise ValueError("the batch is empty: it must hold at least one example")
     return next(iter(sizes.values()))
 

@@ -13,6 +13,7 @@ from fbackprop.batch import sites_of
 from fbackprop.gradients import Gradients
 from fbackprop.groups import cost_of_forming
 from fbackprop.kronecker import is_vector
+from fbackprop.model import check_params
 from fbackprop.program import is_inexact, shaped
 from fbackprop.sites import Site
 
@@ -98,6 +99,7 @@ def explain_sites(model: Callable, params, x, *further) -> SitesReport:
       >>> report
       <SitesReport of 2 leaves, gradients of 0 formed>
     """
+    check_params(params)
     reports: list[LeafReport] = []
 
     def look(params, inputs):

@@ -282,7 +282,7 @@ class Gradients:
         view = self.source.origins[weight].view
         assert view is not None  # or there would be no groups
         shares, counts = self._counts
-        if placed[0].site.use is None:
+        if any(p.site.use is None for p in placed):
             group, depth = Group(placed), self.source.depth[weight]
             if vectors != "block" and is_vector(view.shape[depth:]):
                 squares = group.squares(self.counts)

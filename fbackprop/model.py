@@ -18,8 +18,8 @@ from fbackprop.program import (
     cotangent_aval,
     is_inexact,
     program_of,
+    shaped,
     trace_tree,
-    type_of,
     zeros,
 )
 from fbackprop.rewrite import Overrides
@@ -154,9 +154,9 @@ def _key_of(model) -> inspect.Parameter | None:
 
 def check_params(params):
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path) or "the parameters"
+        name = jax.tree_util.keystr(path) or "the parameter"
         try:
-            aval = type_of(leaf)
+            aval = shaped(leaf)
         except TypeError:
             raise TypeError(
                 f"{name} is no array but {leaf!r}: pass only arrays as parameters, and close over "

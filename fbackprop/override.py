@@ -231,6 +231,13 @@ class _Call(NamedTuple):
           operands: where to pull back; by default the equation's own operands.
         """
         eqn, cts = self.eqn, ct if isinstance(ct, tuple | list) else (ct,)
+        wanted = [aval.shape for aval in eqn.out_avals]
+        given = [shape if x is None else np.shape(x) for x, shape in zip(cts, wanted, strict=False)]
+        if given != wanted or len(cts) != len(wanted):
+            raise TypeError(
+                f"the rule of '{eqn.label}' gave `default` cotangents of shapes "
+                f"{list(map(np.shape, cts))} (called at {eqn.source}): its results have {wanted}"
+            )
         if operands is not None:
             is_tuple = isinstance(operands, tuple | list)
             if not is_tuple or len(operands) != eqn.arity:

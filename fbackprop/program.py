@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -64,6 +65,10 @@ class Equation:
 
     def __repr__(self) -> str:
         return f"<{self.label} at {self.source}>"
+
+    def unchanged(self) -> Equation:
+        """The equation without a rule of its own."""
+        return self
 
     @property
     def arity(self) -> int:
@@ -615,7 +620,9 @@ def _watch(flat: Callable, leaves: Sequence) -> tuple[Program, list]:
     return trace.program(variables, outputs)
 
 
-source_info_util.register_exclusion(__file__)
+# A user's line is none of these, through which a function of the user's, or of JAX's, is called.
+for _file in ("program.py", "reverse.py", "model.py", "objective.py", "check.py"):
+    source_info_util.register_exclusion(os.path.join(os.path.dirname(__file__), _file))
 
 
 def prune(jaxpr, keep: Sequence[bool]):
@@ -677,6 +684,9 @@ class Changed(Equation):
         super().__init__(eqn)
         self.original, self.rule = eqn.params["original"], eqn.params["rule"]
         self.primitive, self.params = self.original.primitive, self.original.params
+
+    def unchanged(self) -> Equation:
+        return self.original
 
     @property
     def arity(self) -> int:
@@ -805,6 +815,16 @@ _KINDS = {CHANGED: Changed, RECORDED_JVP: Recorded, RECORDED_VJP: Recorded}
 def is_inexact(aval) -> bool:
     """Whether values of this type have derivatives (floating point or complex)."""
     return isinstance(aval, core.ShapedArray) and dtypes.issubdtype(aval.dtype, np.inexact)
+
+
+def is_real_number(x) -> bool:
+    """Whether this is a scalar, an integer or a real number, traced or not."""
+    try:
+        aval = type_of(x)
+    except TypeError:
+        return False
+    kinds = (np.integer, np.floating)
+    return aval.shape == () and any(dtypes.issubdtype(aval.dtype, kind) for kind in kinds)
 
 
 def tangent_aval(aval):

@@ -436,8 +436,11 @@ def _stacked(name: str, uses: list[tuple[Step, int]], read: Callable) -> jax.Arr
     shapes = list(dict.fromkeys(x.shape for x in arrays))
     if len(shapes) > 1 or len({(step.shapes[0], depth) for step, depth in uses}) > 1:
         within = {step.shapes[0] for step, _ in uses}
-        differ = len(shapes) > 1 and len(within) > 1
-        said = f"of shapes {', '.join(map(str, shapes))}" if differ else "in and out of loops"
+        said = "in and out of loops"
+        if len(shapes) > 1 and len(within) > 1:
+            said = f"of shapes {', '.join(map(str, shapes))}"
+        elif len({depth for _, depth in uses}) == 1:
+            said = "in loops of different lengths"
         raise ValueError(
             f"values {said} share the name '{name}': name them apart, so that each has its error "
             "signal"

@@ -8,6 +8,7 @@ the bodies in between; nothing else of it changes, and no sweep needs to know.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -91,7 +92,8 @@ class Twinned(NamedTuple):
     twins: Any
 
 
-class Anywhere(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Anywhere:
     """A key of several names, none of which has to be there.
 
     Attributes:
@@ -99,6 +101,11 @@ class Anywhere(NamedTuple):
     """
 
     names: tuple[str, ...]
+
+    def __post_init__(self):
+        is_tuple = isinstance(self.names, tuple) and self.names
+        if not is_tuple or not all(isinstance(name, str) and name for name in self.names):
+            raise TypeError(f"Anywhere({self.names!r}): give a tuple of names")
 
 
 class Severed(NamedTuple):
@@ -273,7 +280,7 @@ def _checked(key) -> str:
     Raises:
       TypeError: for what can be no key.
     """
-    if isinstance(key, str | Primitive):
+    if isinstance(key, Primitive) or (isinstance(key, str) and key):
         return repr(str(key))
     if isinstance(key, Anywhere):
         return " or ".join(map(repr, key.names))
@@ -475,7 +482,8 @@ class _Direct(NamedTuple):
                 raise ValueError(
                     f"the feedback from '{eqn.label}', of shape {result.shape}, to '{label}', of "
                     f"shape {severed.shape}, is of shape {feedback.shape}: give (*features, C) "
-                    "for a result (..., *features) and an output (..., C)"
+                    "for a result (..., *features) and an output (..., C), and map over the "
+                    "gradient, if a `vmap` within the function moved their axes"
                 )
             axes = tuple(range(len(lead), severed.ndim)), tuple(range(n))
             nudge = lax.dot_general(severed, feedback.astype(severed.dtype), (axes, ((), ())))

@@ -200,7 +200,7 @@ class _Convolution(Site):
 
     def total(self, shares):
         """By the convolution's own backward rule on the whole batch: no patches."""
-        eqn = self.use.eqn
+        eqn = self.use.eqn.unchanged()
         lead = 1 + len(self.use.loops)
         ct = over_columns(self.signals, shares)
         shared, stacked = _loops(self.use)

@@ -524,6 +524,16 @@ def test_a_name_in_and_out_of_a_loop_is_refused():
         error_signals(f, jnp.ones(2))
 
 
+def test_a_name_in_loops_of_different_lengths_is_refused():
+    def f(x):
+        for length in (2, 3):
+            x, _ = lax.scan(lambda h, _: (checkpoint_name(h * 2, "v"), None), x, length=length)
+        return jnp.sum(x)
+
+    with pytest.raises(ValueError, match="in loops of different lengths share the name 'v'"):
+        error_signals(f, jnp.ones(2))
+
+
 def test_statistics_of_narrow_numbers_and_beside_keys():
     def f(x, key):
         key = checkpoint_name(key, "key")

@@ -136,6 +136,12 @@ def test_anywhere_need_not_be_there():
 # --- rules ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("names", ["sin", (), ("sin", ""), ["sin"]])
+def test_anywhere_takes_names(names):
+    with pytest.raises(TypeError, match="give a tuple of names"):
+        fb.Anywhere(names)
+
+
 def test_none_stops_the_cotangent():
     assert fb.grad(lambda x: jnp.sin(x) + x, rules={"sin": None})(0.3) == 1.0
 
@@ -368,6 +374,8 @@ def kernels(model):
         ({"sin": lambda *args: args[0]}, TypeError, "name nothing"),
         ({"sin": 3.0}, TypeError, "the rule for 'sin' is 3.0"),
         ({3: by_default}, TypeError, "3 names no equation"),
+        ({"": by_default}, TypeError, "'' names no equation"),
+        ({"sin": lambda ct, default: default(ct[:1])}, TypeError, r"`default` cotangents of sh"),
         (by_default, TypeError, "is not a mapping"),
         ({"sin": lambda ct: ct[:2]}, TypeError, "returned a cotangent of type float32"),
         ({"sin": lambda ct: ct.astype(jnp.bfloat16)}, TypeError, "of type bfloat16"),
@@ -401,6 +409,8 @@ def test_what_is_refused_says_where():
     with pytest.raises(TypeError) as caught:
         fb.grad(lambda x: jnp.sum(jnp.sin(x)), rules={"sin": lambda ct: ct[:2]})(X)
     assert "test_rewrite.py" in str(caught.value)
+    with pytest.raises(fb.MissingRule, match=r"called at .*test_rewrite.py"):
+        fb.grad(jax.custom_batching.sequential_vmap(jnp.sin))(1.0)
 
 
 def test_rules_with_arrays_do_not_stay_behind():

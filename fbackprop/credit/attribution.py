@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fbackprop.columns import is_count
 from fbackprop.program import Literal, is_inexact, type_of
 from fbackprop.reverse import grad
-from fbackprop.rewrite import Seen
+from fbackprop.rewrite import Anywhere, Seen
+
+RELU6 = Anywhere(("relu6",))
 
 
 def is_relu(eqn: Seen) -> bool:
-    """Whether an equation is a rectifier: a function called relu, or a maximum with zero."""
+    """Whether an equation is a rectifier: a function called relu, or a maximum with 0."""
     if eqn.name == "relu" and eqn.arity == 1:
         return True
     if eqn.primitive.name != "max":
@@ -27,18 +30,24 @@ def guided_backprop() -> dict:
     """Guided backpropagation: back through a rectifier only where input and signal are positive.
 
     Springenberg, Dosovitskiy, Brox and Riedmiller 2015, "Striving for simplicity: the all
-    convolutional net", section 3.4. Every `relu` and every maximum with zero is one, in whatever
-    function or library it stands.
+    convolutional net", section 3.4. Rectifiers are every `relu` and `relu6`, and every maximum with
+    the number zero, in whatever function or library they stand; a zero that is an array or an
+    argument, as that of ``jnp.clip(x, 0)``, is not seen.
     """
-    return {is_relu: _at_rectifier(lambda ct, out: (out > 0) & (ct > 0))}
+    return {
+        is_relu: _at_rectifier(lambda ct, out: (out > 0) & (ct > 0)),
+        RELU6: _at_rectifier(lambda ct, out: (out > 0) & (out < 6) & (ct > 0)),
+    }
 
 
 def deconvnet() -> dict:
     """The deconvolutional network: back through a rectifier where the signal is positive.
 
     Zeiler and Fergus 2014, "Visualizing and understanding convolutional networks", section 2.1.
+    Rectifiers are those of `guided_backprop`.
     """
-    return {is_relu: _at_rectifier(lambda ct, out: ct > 0)}
+    rule = _at_rectifier(lambda ct, out: ct > 0)
+    return {is_relu: rule, RELU6: rule}
 
 
 def _at_rectifier(passes: Callable) -> Callable:
@@ -68,10 +77,15 @@ def integrated_gradients(
     Returns:
       A pytree like `x`.
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: give at least one")
+    if not is_count(steps):
+        raise ValueError(f"steps={steps}: give a whole number of at least one")
     if baseline is None:
         baseline = jax.tree.map(jnp.zeros_like, x)
+    elif jax.tree.map(jnp.shape, baseline) != jax.tree.map(jnp.shape, x):
+        raise ValueError(
+            f"the baseline has the shapes {jax.tree.map(jnp.shape, baseline)}, but x "
+            f"{jax.tree.map(jnp.shape, x)}: give a baseline like x"
+        )
     points, weights = _gauss_legendre(steps)
     gradient = grad(f, rules=rules)
 
@@ -120,21 +134,22 @@ def smooth_gradient(
     Returns:
       A pytree like `x`.
     """
-    if samples < 1:
-        raise ValueError(f"samples={samples}: give at least one")
+    if not is_count(samples):
+        raise ValueError(f"samples={samples}: give a whole number of at least one")
     leaves, structure = jax.tree.flatten(x)
     gradient = grad(f, rules=rules)
 
     def step(total, key):
         keys = jax.random.split(key, len(leaves))
-        noisy = [a + stddev * _normal(k, a) for a, k in zip(leaves, keys, strict=True)]
+        noisy = [a + _normal(k, a, stddev) for a, k in zip(leaves, keys, strict=True)]
         return jax.tree.map(jnp.add, total, gradient(structure.unflatten(noisy))), None
 
     total, _ = lax.scan(step, jax.tree.map(jnp.zeros_like, x), jax.random.split(key, samples))
     return jax.tree.map(lambda t: t / samples, total)
 
 
-def _normal(key, x):
+def _normal(key, x, stddev):
+    dtype = jnp.result_type(x)
     if not is_inexact(type_of(x)):
-        raise TypeError(f"noise is added to floating-point inputs, but one is {x.dtype}")
-    return jax.random.normal(key, jnp.shape(x), jnp.result_type(x))
+        raise TypeError(f"noise is added to floating-point inputs, but one is {dtype}")
+    return jnp.asarray(stddev).astype(dtype) * jax.random.normal(key, jnp.shape(x), dtype)

@@ -130,7 +130,9 @@ def direct_feedback_alignment(
       output: the key of the output of shape (..., C) whose cotangent is e.
 
     Returns:
-      Rules. All results must be in the same function as the output, outside loops and branches.
+      Rules. All results must be in the same function as the output, outside loops and branches. Of
+      a function of one example, map its gradient (or `sweep` it): a `vmap` within the function
+      may put the axis of the examples last, where that of the features is looked for.
 
     Raises:
       ValueError: in use, if shapes do not fit, or if no output follows a layer.

@@ -95,17 +95,21 @@ def clipped(*names: Any, max_norm: float) -> dict:
 
     Args:
       *names: keys, such as the names that `checkpoint_name` gave.
-      max_norm: the largest norm that passes unchanged.
+      max_norm: the largest norm that passes unchanged; it may be traced.
     """
     _check_named("clipped", names)
-    if not max_norm > 0:
+    if not isinstance(max_norm, jax.core.Tracer) and not max_norm > 0:
         raise ValueError(f"max_norm={max_norm}: give a positive norm")
 
-    def rule(ct):
-        norm = jnp.linalg.norm(wide(ct).ravel())
-        return ct * (max_norm / jnp.maximum(norm, max_norm)).astype(ct.dtype)
+    def rule(max_norm, ct):
+        signal = wide(ct)
+        largest = jnp.max(jnp.abs(signal), initial=0)
+        unit = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)  # squares leave the range
+        norm, most = jnp.linalg.norm((signal / unit).ravel()), max_norm.astype(unit.dtype)
+        short = (signal / unit) * (most / jnp.where(norm > 0, norm, 1))
+        return jnp.where(norm > most / unit, short.astype(ct.dtype), ct)
 
-    return dict.fromkeys(names, rule)
+    return dict.fromkeys(names, Partial(rule, jnp.asarray(max_norm)))
 
 
 def noisy(*names: Any, key: jax.Array, stddev) -> dict:

@@ -24,7 +24,7 @@ from fbackprop.optim.common import (
     where,
     zero_unless,
 )
-from fbackprop.optim.reduction import Rule, adapted, reduction_ratio
+from fbackprop.optim.reduction import Rule, adapted, reduction_ratio, slope_along
 
 RULE = Rule(shrink=2 / 3, grow=3 / 2, rejected=3 / 2)  # section 4.1
 PROGRESS = 5e-4  # ε of section 4.4
@@ -109,7 +109,8 @@ def hessian_free(
         whole, place = _best_iterate(search, loss)
         change, after = _shortened(whole, loss, value, gradient)
         predicted = -search.values[place] + state.damping / 2 * optax.tree.vdot(whole, whole)
-        ratio = reduction_ratio(value, after, predicted).astype(state.ratio.dtype)
+        slope = slope_along(gradient, in_one(params))
+        ratio = reduction_ratio(value, after, predicted, slope).astype(state.ratio.dtype)
         usable = (after < value) & is_finite(change)
         found = HessianFreeState(
             steps=state.steps + 1,

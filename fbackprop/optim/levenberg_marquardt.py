@@ -20,7 +20,7 @@ from fbackprop.optim.common import (
     zero_unless,
 )
 from fbackprop.optim.exact import check_space, exact_curvature, rows_of
-from fbackprop.optim.reduction import Rule, adapted, reduction_ratio
+from fbackprop.optim.reduction import Rule, adapted, reduction_ratio, slope_along
 
 RULE = Rule(shrink=1 / 3, grow=2.0, rejected=4.0)
 
@@ -31,7 +31,8 @@ class LevenbergMarquardtState(NamedTuple):
     Attributes:
       steps: how many so far, accepted or not.
       damping: λ of the next step.
-      ratio: the last step's reduction of the loss over the predicted one.
+      ratio: the last step's reduction of the loss over the predicted one; 1/2 where that is less
+        than the loss's rounding error.
       accepted: whether the last step was taken.
     """
 
@@ -86,11 +87,15 @@ def levenberg_marquardt(
         change = optax.tree.scale(-1.0, model.solve(updates, state.damping))
         predicted = -optax.tree.vdot(updates, change) - model.quadratic(change) / 2
         after = value_fn(optax.apply_updates(params, change))
-        ratio = reduction_ratio(value, after, predicted).astype(state.ratio.dtype)
-        accepted = (ratio > 0) & is_finite(change)
-        after = LevenbergMarquardtState(
-            state.steps + 1, adapted(state.damping, ratio, RULE), ratio, accepted
-        )
+        in_one = model.space.wide
+        slope = slope_along(in_one(updates), in_one(params))
+        ratio = reduction_ratio(value, after, predicted, slope).astype(state.ratio.dtype)
+        accepted = (ratio > 0) & (after <= value) & is_finite(change)
+        # Below this a solution is that of more damping.
+        least = jnp.finfo(ratio.dtype).eps ** 0.75 * model.trace() / model.space.size
+        least = jnp.where(jnp.isfinite(least), least, 0).astype(ratio.dtype)
+        found = jnp.maximum(adapted(state.damping, ratio, RULE), least)
+        after = LevenbergMarquardtState(state.steps + 1, found, ratio, accepted)
         return zero_unless(accepted, change), after
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
 
 GOOD, POOR = 0.75, 0.25
+UNTOLD = 0.5  # leaves the damping
 LARGEST = 1e12
 
 
@@ -26,18 +28,31 @@ class Rule(NamedTuple):
     rejected: ArrayLike
 
 
-def reduction_ratio(before, after, predicted) -> jax.Array:
+def reduction_ratio(before, after, predicted, slope=0.0) -> jax.Array:
     """The loss's reduction over the predicted one; −1 where the loss is not finite.
 
-    Where the model promises no reduction, or less than the loss's rounding error, it is 1 if the
-    loss did not rise and −1 if it did: a step that is not the model's minimum, of a learning rate
-    and momentum, may be promised a rise, and does better than that with too much damping.
+    Where the model promises no more than the loss's rounding error nothing can be told: it is
+    `UNTOLD` if the loss rose by no more. Where the model promises a rise, as of a step that is not
+    its minimum (of a learning rate and momentum) it may, it is 1 if there was none: the loss does
+    better than that with too much damping.
+
+    Args:
+      before, after: the loss.
+      predicted: its reduction.
+      slope: Σ|θ ∂ℓ/∂θ|, by which multiples of ε the loss changes as parameters are rounded.
     """
     actual = before - after
-    noise = jnp.finfo(actual.dtype).eps * jnp.abs(before)
-    ratio = jnp.where(predicted > noise, actual / jnp.where(predicted > noise, predicted, 1), 1.0)
-    ratio = jnp.where((predicted <= noise) & (actual < -noise), -1.0, ratio)
+    noise = jnp.finfo(actual.dtype).eps * (jnp.abs(before) + slope)
+    told = predicted > noise
+    best = jnp.where(predicted < -noise, 1.0, UNTOLD)
+    ratio = jnp.where(told, actual / jnp.where(told, predicted, 1), best)
+    ratio = jnp.where(~told & (actual < -noise), -1.0, ratio)
     return jnp.where(jnp.isfinite(after) & jnp.isfinite(ratio), ratio, -1.0)
+
+
+def slope_along(gradient, params) -> jax.Array:
+    """Σ|θ ∂ℓ/∂θ|."""
+    return optax.tree.sum(jax.tree.map(lambda g, p: jnp.sum(jnp.abs(g * p)), gradient, params))
 
 
 def adapted(damping, ratio, rule: Rule) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fbackprop.program import value_of
+from fbackprop.program import is_real_number, value_of
 from fbackprop.quantities.base import Quantity
 from fbackprop.sites import wide
 
@@ -73,7 +73,7 @@ class ClippedGradient(Quantity):
     per_leaf: bool = False
 
     def __post_init__(self):
-        if isinstance(self.max_norm, str | None) or jnp.shape(self.max_norm) != ():
+        if not is_real_number(self.max_norm):
             raise TypeError(f"max_norm={self.max_norm!r}: a norm to clip to must be a number")
         known = value_of(self.max_norm)
         if known is not None and not known > 0:
@@ -92,7 +92,10 @@ class ClippedGradient(Quantity):
 
 @dataclasses.dataclass(frozen=True)
 class SecondMoment(Quantity):
-    r"""Mean of the squared gradients, $\frac1N \sum_n g_n^2$ elementwise, like the parameters."""
+    r"""Mean of the squared gradients, $\frac1N \sum_n g_n^2$ elementwise, like the parameters.
+
+    Rounded to the parameters' dtype, in whose range the squares must be.
+    """
 
     def extract(self, gradients):
         return gradients.squares()
@@ -100,7 +103,11 @@ class SecondMoment(Quantity):
 
 @dataclasses.dataclass(frozen=True)
 class Variance(Quantity):
-    r"""Variance of the gradients, $\frac1N \sum_n g_n^2 - (\frac1N \sum_n g_n)^2$ elementwise."""
+    r"""Variance of the gradients, $\frac1N \sum_n g_n^2 - (\frac1N \sum_n g_n)^2$ elementwise.
+
+    Both moments are rounded to the parameters' dtype: in half precision a variance below a
+    hundredth of the squared mean is lost, and float16 has no room for squares of more than 65,504.
+    """
 
     def extract(self, gradients):
         return gradients.squares(), gradients.total()
@@ -122,6 +129,9 @@ class GradientNoiseScale(Quantity):
         (appendix A.1, with batches of N and of 1): tr Σ = N/(N−1) (m − |G|²), |G|² − tr Σ / N,
         where m is the mean of |gₙ|². The second may be negative in a batch of noise, and of one
         example the first is not a number.
+
+    G is rounded to the parameters' dtype: in half precision a noise scale well below one is not
+    exact.
     """
 
     unbiased: bool = False

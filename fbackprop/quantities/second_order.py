@@ -92,8 +92,8 @@ class FisherDiagonal(_Diagonal):
     per_example: bool = False
 
     def __post_init__(self):
-        if self.empirical and self.label is not None:
-            raise ValueError("empirical=True takes the data's labels: leave out label=")
+        if self.empirical and (self.label is not None or self.samples != 1):
+            raise ValueError("empirical=True takes the data's labels: leave out samples=, label=")
         super().__post_init__()
 
     @property

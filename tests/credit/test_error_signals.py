@@ -93,6 +93,17 @@ def test_clipping_a_named_signal():
         fb.credit.clipped("h", max_norm=0)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e20, 1e38])
+def test_signals_whose_squares_leave_the_range_are_clipped(size):
+    def f(x, most):
+        rules = fb.credit.clipped("h", max_norm=most)
+        return fb.grad(lambda x: jnp.sum(checkpoint_name(x, "h") * size), rules=rules)(x)
+
+    most = jnp.float32(min(size, 1.0))
+    got = jax.jit(f)(jnp.ones(4), most)  # the norm may be traced
+    np.testing.assert_allclose(got / most, jnp.full(4, 0.5), rtol=1e-5)
+
+
 def test_signals_to_change_must_be_named():
     for make in (
         lambda: fb.credit.clipped(max_norm=1.0),

@@ -117,6 +117,22 @@ def test_convolutions_send_back_through_their_twin():
     np.testing.assert_allclose(got["b"], true["b"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["feedback_alignment", "sign_symmetric"])
+def test_convolutions_in_a_sweep(kind):
+    network = fb.networks.convnet((6, 6), 3, channels=(2, 3))
+    params = network.init(jax.random.key(0))
+    rules = getattr(fb.credit, kind)(network.init(jax.random.key(1)))
+    batch = jax.random.normal(jax.random.key(2), (4, 6, 6)), jnp.arange(4) % 3
+
+    def loss(p, x, y):
+        return fb.losses.softmax_cross_entropy(network.apply(p, x), y)
+
+    sweep = fb.sweep(network.apply, fb.losses.softmax_cross_entropy, rules=rules, g=fb.Gradient())
+    each = jax.vmap(fb.grad(loss, rules=rules), (None, 0, 0))(params, *batch)
+    mean = jax.tree.map(lambda g: g.mean(0), each)
+    chex.assert_trees_all_close(sweep(params, batch)["g"], mean, rtol=1e-4, atol=1e-5)
+
+
 def test_kolen_pollack_brings_feedback_and_weights_together():
     optimizer = optax.sgd(0.05)
 

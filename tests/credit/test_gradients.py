@@ -53,6 +53,17 @@ def test_rectifiers_pass_what_the_method_says(method, relu):
     np.testing.assert_allclose(got, spread_back(ct, A), rtol=1e-4, atol=1e-5)
 
 
+def test_rectifiers_that_saturate():
+    x, ct = jnp.array([-1.0, 2.0, 3.0, 7.0]), jnp.array([1.0, -1.0, 1.0, 1.0])
+
+    def f(x):
+        return jax.nn.relu6(x) @ ct
+
+    guided, deconv = fb.credit.guided_backprop(), fb.credit.deconvnet()
+    np.testing.assert_array_equal(fb.grad(f, rules=guided)(x), [0, 0, 1, 0])
+    np.testing.assert_array_equal(fb.grad(f, rules=deconv)(x), [1, 0, 1, 1])
+
+
 def test_guided_backprop_finds_the_rectifiers_of_another_library():
     class Net(nn.Module):
         @nn.compact
@@ -116,6 +127,23 @@ def test_smooth_gradients_are_means_over_noise():
     np.testing.assert_allclose(got, 3 * (x**2 + 0.25), atol=0.15)
     with pytest.raises(ValueError, match="samples=0"):
         fb.credit.smooth_gradient(jnp.sum, x, jax.random.key(0), stddev=1.0, samples=0)
+
+
+def test_what_averages_cannot_be_of():
+    def f(x):
+        return jnp.sum(x * x)
+
+    x, key = jnp.ones(2), jax.random.key(0)
+    for make, error, words in (
+        (lambda: fb.credit.integrated_gradients(f, x, steps=1.5), ValueError, "steps=1.5"),
+        (lambda: fb.credit.integrated_gradients(f, x, jnp.ones(3)), ValueError, "baseline"),
+        (lambda: fb.credit.smooth_gradient(f, 3, key, stddev=0.1), TypeError, "one is int32"),
+        (lambda: fb.credit.smooth_gradient(f, x, key, stddev=1, samples=0), ValueError, "samples"),
+    ):
+        with pytest.raises(error, match=words):
+            make()
+    narrow = fb.credit.smooth_gradient(f, x.astype(jnp.bfloat16), key, stddev=np.float64(0.1))
+    assert narrow.dtype == jnp.bfloat16
 
 
 def test_averages_take_rules():

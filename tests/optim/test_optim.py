@@ -279,6 +279,32 @@ def test_levenberg_marquardt_refuses_a_step_that_raises_the_loss():
     assert losses[-1] < 1e-8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(
+    "make", [fb.optim.levenberg_marquardt, fb.optim.hessian_free], ids=["lm", "hf"]
+)
+def test_rounding_errors_of_a_fit_do_not_move_the_damping(make, double):
+    """Else it would take as many steps to come back when the data change."""
+    with jax.enable_x64(double):
+        params = perceptron_params()
+        x = jnp.asarray(normal(1, 20, 3))
+        fitted = jax.vmap(lambda x: perceptron(jax.tree.map(lambda p: 0.7 * p + 0.2, params), x))(x)
+        other = jnp.outer(jnp.sin(3 * x[:, 0]), jnp.array([-4.0, 4.0]))
+        step = fb.optim.step(perceptron, fb.losses.squared_error, make())
+
+        def losses(carry, y):
+            def one(carry, _):
+                *carry, info = step(*carry, (x, y))
+                return tuple(carry), info["loss"]
+
+            return jax.lax.scan(one, carry, length=150)
+
+        carry, _ = losses((params, step.init(params, (x, fitted))), fitted)
+        _, found = losses(carry, other)
+        assert found[20] < 0.9 * found[0]
+
+
 # --- training -------------------------------------------------------------------------------------
 
 

@@ -173,6 +173,20 @@ def test_the_empirical_fisher_takes_the_datas_labels():
     assert_close(found["fisher"], squares)
 
 
+def test_a_weight_of_one_row_meets_a_product_and_more():
+    """A matrix of one row has the layout of what meets no product."""
+
+    def model(p, x):
+        return jnp.tanh(x @ p["w"]) * p["w"][0]
+
+    params = {"w": normal(1, 1, 3)}
+    batch = normal(2, 4, 1), normal(3, 4, 3)
+    for options in ({}, {"vectors": "joint"}, {"sharing": "reduce"}):
+        sweep = fb.sweep(model, fb.losses.squared_error, k=fb.Kronecker(**options), b=fb.GGNBlock())
+        found = compiled(sweep)(params, batch)
+        assert_close(fb.KroneckerFactors(found["k"]).dense(), found["b"]["w"])
+
+
 # --- samples --------------------------------------------------------------------------------------
 
 SAMPLES = 4000
@@ -213,9 +227,11 @@ def test_one_sample_is_unbiased_for_masked_positions_and_soft_labels():
     for target in (jnp.array([[0, -1], [2, 1]]), jax.nn.softmax(normal(2, 2, 2, 3)) * 0.5):
         case = zoo.Case(model, fb.losses.softmax_cross_entropy, normal(0, 5, 6), (x, target))
         exact = naive.mean(jax.vmap(jnp.diagonal)(naive.ggn_of_examples(case))).reshape(5, 6)
-        found = swept(case, jax.random.key(0), e=fb.GGNDiagonal(), s=fb.GGNDiagonal(SAMPLES))
+        sampled = {"s": fb.GGNDiagonal(SAMPLES), "l": fb.FisherDiagonal(SAMPLES)}
+        found = swept(case, jax.random.key(0), e=fb.GGNDiagonal(), **sampled)
         assert_close(found["e"], exact)
         assert_close(found["s"], exact, 0.1)
+        assert_close(found["l"], exact, 0.1)
 
 
 def test_labels_of_ones_own():
