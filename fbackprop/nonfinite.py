@@ -55,14 +55,14 @@ class NonFinite:
     def _place(self) -> str:
         if self.step is None:
             if self.backward:
-                return f"leaf {self.index} of the gradients, given so or a sum of others"
+                return f"leaf {self.index} of the gradients, given so, a sum of others or of a step not kept"
             return f"leaf {self.index} of the value, an argument or a constant"
         ends = {  # by backward and outside
             (True, False): ("the cotangent leaving", f" to operand {self.index}", ""),
             (True, True): (
                 f"the cotangent arriving at result {self.index} of",
                 "",
-                ", given so or a sum of others",
+                ", given so, a sum of others or of a step not kept",
             ),
             (False, False): (f"result {self.index} of", "", ""),
             (False, True): (f"operand {self.index} of", "", ", an argument or a constant"),
