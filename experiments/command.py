@@ -84,6 +84,12 @@ def check_names(what: str, given: Sequence[str], choices: Iterable[str]) -> None
         raise UsageError(f"no {what} called '{unknown[0]}': choose from {', '.join(choices)}")
 
 
+def check_seeds(seed: int, seeds: int) -> None:
+    """Refuse seeds of which one is no 32-bit number."""
+    if not 0 <= seed <= 2**31 - seeds:
+        raise UsageError("--seed must be at least 0, and the last seed below 2³¹")
+
+
 def terminal() -> Console:
     """A console as wide as the terminal, or of a fixed width where output goes to a file."""
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH

@@ -122,8 +122,7 @@ def validate(settings: Settings) -> None:
         raise UsageError("--passes and --steps say the same in two ways; leave one out")
     if settings.target is not None and not abs(settings.target) < float("inf"):
         raise UsageError("--target must be finite")
-    if settings.seed < 0:
-        raise UsageError("--seed must be at least 0")
+    command.check_seeds(settings.seed, settings.seeds)
     if not settings.optimizers or len(set(settings.optimizers)) < len(settings.optimizers):
         raise UsageError("--optimizers takes one or more optimizers, each of them once")
     searched = {key for chosen in settings.optimizers for key in OPTIMIZERS[chosen].ranges}
@@ -132,6 +131,12 @@ def validate(settings: Settings) -> None:
             raise UsageError(f"--{name.replace('_', '-')} takes one or more numbers")
         if getattr(settings, name) and name.removesuffix("s") not in searched:
             raise UsageError(f"--{name.replace('_', '-')} concerns none of these optimizers")
+    most = max(len(list(settings_of(settings, OPTIMIZERS[o]))) for o in settings.optimizers)
+    if most > settings.trials:
+        raise UsageError(
+            f"--learning-rates and --dampings make {most} settings of one optimizer: with "
+            f"--trials {most} the others have as many"
+        )
     tasks.check_data_file(settings.problem, settings.data_file)
 
 

@@ -94,8 +94,7 @@ def validate(settings: Settings) -> None:
                 raise UsageError(f"--{name.replace('_', '-')} must be greater than 0 and finite")
     if not 0 <= settings.decay < 1:
         raise UsageError("--decay must be a fraction per step, from 0 to below 1")
-    if settings.seed < 0:
-        raise UsageError("--seed must be at least 0")
+    command.check_seeds(settings.seed, settings.seeds)
     if not settings.rules or len(set(settings.rules)) < len(settings.rules):
         raise UsageError("--rules takes one or more learning rules, each of them once")
     if settings.hidden == ():

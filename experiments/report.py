@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ CURVES = (
 )
 SEARCH = ("optimizer", *HYPER_PARAMETERS, "lower", "median", "upper", "best")
 QUANTITIES: tuple[Quantity, ...] = ("train_loss", "test_loss", "test_score")
+FILES = ("config.json", "curves.csv", "search.csv", "summary.json", "curves.png", "search.png")
 
 
 def make_folder(out: Path, name: str | None, fallback: str, *, overwrite: bool) -> Path:
@@ -37,7 +38,7 @@ def make_folder(out: Path, name: str | None, fallback: str, *, overwrite: bool) 
         out: the folder of all runs.
         name: of this run; ``None`` takes ``fallback``, with a number if that name is taken.
         fallback: see ``name``.
-        overwrite: whether a folder that exists may be written to.
+        overwrite: whether a folder that exists may be written to; an earlier run's files go.
 
     Raises:
         UsageError: the name is taken.
@@ -53,6 +54,8 @@ def make_folder(out: Path, name: str | None, fallback: str, *, overwrite: bool) 
         raise UsageError(f"{folder} exists; give another --name, or --overwrite")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for file in FILES:
+            (folder / file).unlink(missing_ok=True)
         probe = folder / "curves.csv"
         probe.touch()
     except OSError as error:
@@ -134,21 +137,19 @@ def line(outcome: Outcome) -> str:
     if outcome.end("train_loss").median > outcome.curve("train_loss").median[0]:
         return f"{said}; no setting lowered the loss, try others"
     edges = " and ".join(name.replace("_", " ") for name in outcome.at_the_edge())
-    return f"{said}; the best {edges} is at the edge of those tried" if edges else said
+    return f"{said}; at the edge of those tried: the best {edges}" if edges else said
 
 
 def print_results(
     console: Console, outcomes: Sequence[Outcome], target: float, score_name: str
 ) -> None:
-    """The table: medians over seeds, with quartiles where they matter most."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("optimizer")
-    headers = ("rate", "damping", "training loss", "test loss", score_name)
-    for header in (*headers, "steps", "seconds", "gradients", "a step"):
-        table.add_column(header, justify="right", overflow="fold")
+    """The table: medians over seeds, with quartiles where they matter most; two if it is narrow."""
+    ended = ("rate", "damping", "training loss", "test loss", score_name)
+    taken = ("steps", "seconds", "gradients", "a step")
+    columns: dict[str, list[str]] = {name: [] for name in ("optimizer", *ended, *taken)}
     for outcome in outcomes:
         reached = outcome.reach(target)
-        table.add_row(
+        row = (
             OPTIMIZERS[outcome.name].label,
             *(_number(value) for value in _values(outcome.setting)),
             _range(outcome.end("train_loss")),
@@ -158,12 +159,29 @@ def print_results(
             _number(reached.gradients.median),
             _number(outcome.cost.gradients),
         )
-    console.print(table)
+        for cells, cell in zip(columns.values(), row, strict=True):
+            cells.append(cell)
+    table = _table(columns, (*ended, *taken))
+    if console.measure(table).maximum <= console.width:
+        console.print(table)
+    else:
+        console.print(_table(columns, ended), "", _table(columns, taken), sep="\n")
     console.print(
         f"Steps, seconds and gradient-equivalents are those to a training loss of {target:.4g}; "
         "the last column is what one step is worth.",
         soft_wrap=True,
     )
+
+
+def _table(columns: Mapping[str, Sequence[str]], names: Sequence[str]) -> Table:
+    """The optimizers and these columns."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("optimizer")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for row in zip(columns["optimizer"], *(columns[name] for name in names), strict=True):
+        table.add_row(*row)
+    return table
 
 
 def _values(setting: Any) -> tuple[float | None, ...]:

@@ -32,7 +32,7 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from fbackprop.columns import is_count
-from fbackprop.program import value_of
+from fbackprop.program import is_real_number, value_of
 from fbackprop.reverse import vjp
 
 
@@ -393,7 +393,9 @@ def _check_settings(max_steps, rtol, atol) -> None:
             f"least_squares: max_steps is {max_steps}; give a whole number from one up"
         )
     for name, value in (("rtol", rtol), ("atol", atol)):
-        known = None if value is None else value_of(value)
+        if value is None:
+            continue
+        known = value_of(value) if is_real_number(value) else -1
         if known is not None and not known >= 0:
             raise ValueError(f"least_squares: {name} is {value}; give a number not below zero")
 

@@ -81,22 +81,27 @@ def softmax_cross_entropy(logits: ArrayLike, target: ArrayLike) -> jax.Array:
         Bishop, "Pattern Recognition and Machine Learning" (2006), eq. 4.108.
     """
     logits, target = jnp.asarray(logits), jnp.asarray(target)
+    if jnp.issubdtype(logits.dtype, jnp.integer):
+        logits = logits.astype(jnp.float32)
+    _check_real("softmax_cross_entropy", "prediction", logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"softmax_cross_entropy: logits of shape {logits.shape} have no classes; "
             "give them a last axis of one logit per class"
         )
     if jnp.issubdtype(target.dtype, jnp.integer) and target.shape == logits.shape[:-1]:
-        target = jax.nn.one_hot(target, logits.shape[-1], dtype=logits.dtype)
+        labels = target.astype(jnp.promote_types(target.dtype, jnp.int32))  # may hold fewer numbers
+        target = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     elif not jnp.issubdtype(target.dtype, jnp.floating) or target.shape != logits.shape:
         raise ValueError(
             f"softmax_cross_entropy: target of shape {target.shape} and dtype {target.dtype} does "
             f"not fit logits of shape {logits.shape}; give integer labels of shape "
             f"{logits.shape[:-1]} or floating-point distributions of shape {logits.shape}"
         )
-    log_probabilities = jax.nn.log_softmax(logits)
-    # `where`, because 0 · −inf is NaN and a class of no weight must cost nothing.
-    return -jnp.sum(jnp.where(target == 0, 0.0, target * log_probabilities))
+    # What has no weight must cost nothing: neither a position of any logits, nor a class of −inf.
+    masked = jnp.all(target == 0, -1, keepdims=True)
+    log_probabilities = jax.nn.log_softmax(jnp.where(masked, 0, logits))
+    return jnp.sum(jnp.where(target == 0, 0.0, -target * log_probabilities))
 
 
 def sigmoid_binary_cross_entropy(logits: ArrayLike, targets: ArrayLike) -> jax.Array:
@@ -144,14 +149,13 @@ def _aligned(loss: str, prediction: ArrayLike, target: ArrayLike) -> tuple[jax.A
             f"{loss}: prediction of shape {prediction.shape} and target of shape {target.shape} "
             "differ; give both the same shape"
         )
-    _check_real(loss, prediction)
+    _check_real(loss, "prediction", prediction)
     if not jnp.issubdtype(target.dtype, jnp.inexact):
         target = target.astype(prediction.dtype)
+    _check_real(loss, "target", target)
     return prediction, target
 
 
-def _check_real(loss: str, prediction: jax.Array) -> None:
-    if not jnp.issubdtype(prediction.dtype, jnp.floating):
-        raise ValueError(
-            f"{loss}: the prediction is of dtype {prediction.dtype}; give real floating point"
-        )
+def _check_real(loss: str, name: str, x: jax.Array) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{loss}: the {name} is of dtype {x.dtype}; give real floating point")

@@ -520,7 +520,8 @@ def transformer(
                 f"transformer: x has shape {x.shape} and dtype {x.dtype}; "
                 f"give integer tokens of shape (T,), 1 <= T <= length = {length}"
             )
-        x = params["tokens"][x] + params["positions"][: x.size]
+        tokens = params["tokens"].at[x].get(mode="clip", wrap_negative_indices=False)
+        x = tokens + params["positions"][: x.size]
         for block in params["blocks"]:
             x = x + attend(block, normalise(block["norm1"], x))
             inner = jax.nn.gelu(_dense(block["expand"], normalise(block["norm2"], x)))

@@ -55,7 +55,8 @@ class NonFinite:
     def _place(self) -> str:
         if self.step is None:
             if self.backward:
-                return f"leaf {self.index} of the gradients, given so, a sum of others or of a step not kept"
+                said = "given so, a sum of others or of a step not kept"
+                return f"leaf {self.index} of the gradients, {said}"
             return f"leaf {self.index} of the value, an argument or a constant"
         ends = {  # by backward and outside
             (True, False): ("the cotangent leaving", f" to operand {self.index}", ""),

@@ -842,6 +842,22 @@ def zeros(aval) -> jax.Array:
     return ad_util.zeros_like_aval(cotangent_aval(aval))
 
 
+def barrier(values: Sequence[jax.Array]) -> list:
+    """`lax.optimization_barrier` for those that vary over the same axes of a mesh, set by set.
+
+    One for all makes them vary over all of these axes (before JAX 0.12).
+    """
+    sets: dict = {}
+    for i, x in enumerate(values):
+        sets.setdefault(type_of(x).mat.varying, []).append(i)
+    found = list(values)
+    for places in sets.values():
+        behind = jax.lax.optimization_barrier([values[i] for i in places])
+        for i, x in zip(places, behind, strict=True):
+            found[i] = x
+    return found
+
+
 def blank(aval) -> jax.Array:
     """A value of this very type, to stand where nobody will read it."""
     if dtypes.issubdtype(aval.dtype, dtypes.extended):  # keys of random numbers

@@ -377,6 +377,8 @@ def test_residuals_of_any_unit(unit):
         ({"max_steps": 2.5}, "max_steps is 2.5"),
         ({"rtol": -1.0}, "rtol is -1.0"),
         ({"atol": jnp.nan}, "atol is nan"),
+        ({"atol": jnp.ones(2)}, r"atol is \[1. 1.\]"),
+        ({"rtol": "x"}, "rtol is x"),
     ],
 )
 def test_wrong_settings_are_refused(settings, words):

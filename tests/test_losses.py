@@ -150,6 +150,31 @@ def test_refuses_what_does_not_fit(loss, prediction, target, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("dtype", "label"), [("uint8", 0), ("int8", 43), ("int8", -1)])
+def test_labels_of_narrow_types_are_what_they_say(dtype, label):
+    logits = draw((300,))
+    narrow, wide = (
+        jax.value_and_grad(losses.softmax_cross_entropy)(logits, jnp.asarray(label, of))
+        for of in (dtype, "int32")
+    )
+    assert narrow[0] == wide[0]
+    np.testing.assert_array_equal(narrow[1], wide[1])
+
+
+def test_a_masked_position_may_have_any_logits():
+    logits = jnp.array([[1.0, jnp.nan], [0.0, 0.0], [jnp.inf, jnp.inf]])
+    for target in (jnp.array([-1, 0, -1]), jnp.array([[0.0, 0], [1, 0], [0, 0]])):
+        loss, gradient = jax.value_and_grad(losses.softmax_cross_entropy)(logits, target)
+        assert loss == jnp.log(2.0)
+        np.testing.assert_array_equal(gradient, [[0, 0], [-0.5, 0.5], [0, 0]])
+
+
+def test_targets_that_are_not_real_are_refused():
+    for name in ("squared_error", "sigmoid_binary_cross_entropy"):
+        with pytest.raises(ValueError, match="the target is of dtype complex64"):
+            getattr(losses, name)(jnp.ones(2), jnp.ones(2, "complex64"))
+
+
 def test_infinite_logits_that_are_right_cost_nothing():
     logits, targets = jnp.array([-jnp.inf, jnp.inf, 1.0]), jnp.array([0, 1, 1])
     loss = losses.sigmoid_binary_cross_entropy

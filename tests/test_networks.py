@@ -228,6 +228,18 @@ def test_lstm_remembers_at_first():
     np.testing.assert_array_equal(bias, np.repeat([0.0, 1.0, 0.0, 0.0], 4))
 
 
+def test_transformer_reads_tokens_out_of_range_as_the_nearest():
+    network = networks.transformer(200, 3, length=4, width=4, heads=1, layers=1)
+    params = network.init(jax.random.key(0))
+    for given, nearest in (([-1, 2], [0, 2]), ([7, 200], [7, 199]), ([-300, 9999], [0, 199])):
+        got, expected = (network.apply(params, jnp.array(x)) for x in (given, nearest))
+        np.testing.assert_array_equal(got, expected)
+    narrow = network.apply(
+        params, jnp.array([5, 100], "int8")
+    )  # which cannot say how many there are
+    np.testing.assert_array_equal(narrow, network.apply(params, jnp.array([5, 100])))
+
+
 def test_transformer_is_causal_and_knows_positions():
     params, apply = parameters("transformer"), compiled("transformer")
     tokens = np.array([1, 4, 2, 2, 0])

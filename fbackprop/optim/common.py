@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from fbackprop.curvature.space import Space
 from fbackprop.objective import Objective
-from fbackprop.program import value_of
+from fbackprop.program import is_real_number, value_of
 
 ScalarOrSchedule: TypeAlias = ArrayLike | Callable[[jax.Array], Any]
 
@@ -117,12 +117,12 @@ def check_start(who: str, damping) -> None:
 
 def _number(who: str, name: str, value) -> float | None:
     """The value of a setting; None for a schedule, and for what is traced."""
-    known = None if callable(value) else value_of(value)
-    if known is None and value is not None:
+    if callable(value):
         return None
-    if isinstance(known, str | None) or jnp.shape(known) != ():
+    if not is_real_number(value):
         raise TypeError(f"{who}: {name}={value!r} must be a number")
-    return float(known)
+    known = value_of(value)
+    return None if known is None else float(known)
 
 
 def check_updates(who: str, updates, params) -> None:

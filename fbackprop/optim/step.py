@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,15 @@ class Step:
         self._compiled = jax.jit(self._run)
         self._usual = jax.tree.structure(None)  # of the last state, in which nothing was pending
 
-    def __call__(self, params, state, batch, *further, weights=None, key=None):
+    def __call__(
+        self,
+        params: Any,
+        state: Any,
+        batch: Any,
+        *further: Any,
+        weights: Any = None,
+        key: Any = None,
+    ) -> tuple[Any, Any, dict[str, jax.Array]]:
         """One step.
 
         Args:
@@ -67,7 +76,9 @@ class Step:
         """How often the step was compiled."""
         return self._compiled._cache_size()
 
-    def init(self, params, batch, *further, weights=None, key=None):
+    def init(
+        self, params: Any, batch: Any, *further: Any, weights: Any = None, key: Any = None
+    ) -> Any:
         """The optimizer's state, with what its first step would add: for `lax.scan`."""
         objective = self._objective(params, batch, further, weights, key)
         objective.check()

@@ -15,6 +15,7 @@ from fbackprop.program import (
     RECORDED_VJP,
     TAP,
     Program,
+    barrier,
     blank,
     call,
     class_vjp_backward,
@@ -107,7 +108,8 @@ class Remat(Inline):
         if eqn.params["prevent_cse"] and kept:
             # Keeps the compiler from finding the forward pass's values and keeping them after all.
             present = [ct for ct in cts if ct is not None]
-            kept, present = lax.optimization_barrier((kept, present))
+            leaves, structure = jax.tree.flatten((kept, present))
+            kept, present = structure.unflatten(barrier(leaves))
             cts = spread(present, nonzero(cts))
         return super().pullback(rules, eqn, active, kept, cts)
 

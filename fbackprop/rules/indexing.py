@@ -85,7 +85,7 @@ row("scatter-sub", lambda ct: ct, None, lambda ct, y, eqn: lax.neg(_read_back(ct
 
 
 def _written(y, eqn):
-    """Which update wins each place: its number, 0 where the operand stays; and the numbers."""
+    """Which update wins each place: its number, 0 where nothing is written; and the numbers."""
     updates = eqn.in_avals[2]
     windows = eqn.params["dimension_numbers"].update_window_dims
     shape = [1 if d in windows else n for d, n in enumerate(updates.shape)]
@@ -107,14 +107,15 @@ def _refuse_functions(eqn) -> None:
 
 
 def _scatter_operand(ct, y, eqn):
+    """Zero wherever something was written, no matter which update it was."""
     _refuse_functions(eqn)
-    winners, _ = _written(y, eqn)
-    return lax.select(lax.eq(winners, lax.full_like(winners, 0)), ct, lax.full_like(ct, 0))
+    return _write(ct, y, zeros(eqn.in_avals[2]), eqn, lax.scatter)
 
 
 def _scatter_updates(ct, y, eqn):
     read = _read_back(ct, y, eqn)
-    if eqn.params["unique_indices"]:
+    n_windows = math.prod(eqn.in_avals[1].shape[:-1])
+    if eqn.params["unique_indices"] or n_windows == 1:
         return read
     winners, numbers = _written(y, eqn)
     won = lax.eq(_read_back(winners, y, eqn), numbers)

@@ -345,6 +345,8 @@ def test_every_problem_fits_together(name):
         (["--dampings"], "--dampings takes one or more"),
         (["--passes", "1", "--steps", "1"], "leave one out"),
         (["--seed", "-1"], "--seed must be"),
+        (["--seed", "2147483646"], "--seed must be"),
+        (["--learning-rates", "1", "2", "3", "--trials", "2"], "make 3 settings"),
         (["--optimizers", "sgd", "sgd"], "each of them once"),
         (["--optimizers"], "--optimizers takes"),
     ],
@@ -370,7 +372,9 @@ def test_folders_that_cannot_be_had(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     assert run(tmp_path, "--problem", "mazur")[0] == 2
     assert "--overwrite" in one_error_line(capsys)
+    (tmp_path / "run" / "search.png").write_text("of an earlier run")
     assert report.make_folder(tmp_path, "run", "", overwrite=True) == tmp_path / "run"
+    assert not (tmp_path / "run" / "search.png").exists()
 
 
 def test_folders_without_a_name_are_numbered(tmp_path):

@@ -54,6 +54,19 @@ def test_inside():
     assert_close(step(fb.grad), step(jax.grad), scale=10)
 
 
+@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_saveable])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_checkpoints_of_what_varies_and_what_does_not(policy, check_vma):
+    def f(w, x):
+        return jax.checkpoint(lambda w, x: jnp.sin(x @ w), policy=policy)(w, x)
+
+    def loss(w, x):
+        return jnp.sum(mapped(f, (P(), P("i")), P("i"), check_vma)(w, x) ** 2)
+
+    ours, theirs = (jax.jit(lib.grad(loss, (0, 1)))(W, X) for lib in (fb, jax))
+    assert_close(ours, theirs, scale=10)
+
+
 def test_second_order_outside():
     def penalty(lib):
         def loss(w):
