@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,26 +146,30 @@ def print_results(
     """The table: medians over seeds, with quartiles where they matter most; two if it is narrow."""
     ended = ("rate", "damping", "training loss", "test loss", score_name)
     taken = ("steps", "seconds", "gradients", "a step")
-    columns: dict[str, list[str]] = {name: [] for name in ("optimizer", *ended, *taken)}
+    ends, efforts = [], []
     for outcome in outcomes:
         reached = outcome.reach(target)
-        row = (
-            OPTIMIZERS[outcome.name].label,
+        end = (
             *(_number(value) for value in _values(outcome.setting)),
             _range(outcome.end("train_loss")),
             *(_number(outcome.end(name).median) for name in QUANTITIES[1:]),
+        )
+        effort = (
             _number(reached.steps.median),
             _number(reached.seconds.median),
             _number(reached.gradients.median),
             _number(outcome.cost.gradients),
         )
-        for cells, cell in zip(columns.values(), row, strict=True):
-            cells.append(cell)
-    table = _table(columns, (*ended, *taken))
-    if console.measure(table).maximum <= console.width:
+        ends.append(end)
+        efforts.append(effort)
+    labels = [OPTIMIZERS[outcome.name].label for outcome in outcomes]
+    table = _table(labels, (*ended, *taken), [a + b for a, b in zip(ends, efforts, strict=True)])
+    unbounded = console.options.update(max_width=10_000)
+    if console.measure(table, options=unbounded).maximum <= console.width:
         console.print(table)
     else:
-        console.print(_table(columns, ended), "", _table(columns, taken), sep="\n")
+        two = _table(labels, ended, ends), _table(labels, taken, efforts)
+        console.print(two[0], "", two[1], sep="\n")
     console.print(
         f"Steps, seconds and gradient-equivalents are those to a training loss of {target:.4g}; "
         "the last column is what one step is worth.",
@@ -173,14 +177,14 @@ def print_results(
     )
 
 
-def _table(columns: Mapping[str, Sequence[str]], names: Sequence[str]) -> Table:
-    """The optimizers and these columns."""
+def _table(labels: Sequence[str], headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A row for each of these optimizers."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("optimizer")
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
-    for row in zip(columns["optimizer"], *(columns[name] for name in names), strict=True):
-        table.add_row(*row)
+    for header in headers:
+        table.add_column(header, justify="right", overflow="fold")
+    for label, row in zip(labels, rows, strict=True):
+        table.add_row(label, *row)
     return table
 
 

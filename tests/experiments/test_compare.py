@@ -1,6 +1,7 @@
 """Tiny comparisons: what a run leaves behind, what it means, and how it fails."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from error_lines import one_error_line
+from rich.console import Console
 
 from experiments import compare, figures, outcome, report, search, tasks, training
 from experiments.cost import Cost
@@ -286,6 +288,18 @@ def outcome_of(name, losses, settings):
     seeds = list(range(losses.shape[1]))
     found = search.Found(curves, losses.shape[0] * losses.shape[1], 0.0, 0.0)
     return Outcome(name, settings, seeds, schedule, found, Cost(0.5, 0.1))
+
+
+@pytest.mark.parametrize(("width", "lines"), [(160, 2), (80, 5)])
+def test_numbers_of_a_narrow_table_stay_whole(width, lines):
+    """There are two tables then, with an empty line between them."""
+    shown = io.StringIO()
+    found = outcome_of("sgd", [[[3, 0.123456]] * 2], [{"learning_rate": 0.1}])
+    console = Console(file=shown, width=width)
+    report.print_results(console, [found], 0.2, "largest test error")
+    table = shown.getvalue().splitlines()[:-1]
+    assert len(table) == lines and all(len(line) <= width for line in table)
+    assert "largest test error" in table[0] and "gradients" in table[-2]
 
 
 def test_the_best_setting_has_the_lowest_median_and_what_diverged_is_infinite():
