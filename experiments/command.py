@@ -85,7 +85,7 @@ def check_names(what: str, given: Sequence[str], choices: Iterable[str]) -> None
 
 
 def check_seeds(seed: int, seeds: int) -> None:
-    """Refuse seeds of which one is no 32-bit number."""
+    """Refuse seeds of which one is no 32-bit integer from zero up."""
     if not 0 <= seed <= 2**31 - seeds:
         raise UsageError("--seed must be at least 0, and the last seed below 2³¹")
 

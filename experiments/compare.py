@@ -131,7 +131,7 @@ def validate(settings: Settings) -> None:
             raise UsageError(f"--{name.replace('_', '-')} takes one or more numbers")
         if getattr(settings, name) and name.removesuffix("s") not in searched:
             raise UsageError(f"--{name.replace('_', '-')} concerns none of these optimizers")
-    most = max(len(list(settings_of(settings, OPTIMIZERS[o]))) for o in settings.optimizers)
+    most = max(len(settings_of(settings, OPTIMIZERS[o])) for o in settings.optimizers)
     if most > settings.trials:
         raise UsageError(
             f"--learning-rates and --dampings make {most} settings of one optimizer: with "

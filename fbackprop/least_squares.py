@@ -395,8 +395,8 @@ def _check_settings(max_steps, rtol, atol) -> None:
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is None:
             continue
-        known = value_of(value) if is_real_number(value) else -1
-        if known is not None and not known >= 0:
+        known = value_of(value)
+        if not is_real_number(value) or (known is not None and not known >= 0):
             raise ValueError(f"least_squares: {name} is {value}; give a number not below zero")
 
 

@@ -456,6 +456,11 @@ class _Sizes(NamedTuple):
     zeros: jax.Array
 
 
+def unit_of(largest):
+    """In which squares of numbers, of these largest magnitudes, stay within their dtype's range."""
+    return jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
+
+
 def _sizes(x: jax.Array, rank: int) -> _Sizes:
     """Over the last `rank` axes."""
     narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
@@ -463,7 +468,7 @@ def _sizes(x: jax.Array, rank: int) -> _Sizes:
     axes = tuple(range(x.ndim - rank, x.ndim))
     count = max(1, math.prod(x.shape[axis] for axis in axes))
     largest = jnp.max(x, axes, initial=0)
-    unit = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)  # squares leave the range
+    unit = unit_of(largest)
     squares = jnp.sum((x / jnp.expand_dims(unit, axes)) ** 2, axes)
     return _Sizes(
         unit * jnp.sqrt(squares),

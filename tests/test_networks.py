@@ -234,9 +234,7 @@ def test_transformer_reads_tokens_out_of_range_as_the_nearest():
     for given, nearest in (([-1, 2], [0, 2]), ([7, 200], [7, 199]), ([-300, 9999], [0, 199])):
         got, expected = (network.apply(params, jnp.array(x)) for x in (given, nearest))
         np.testing.assert_array_equal(got, expected)
-    narrow = network.apply(
-        params, jnp.array([5, 100], "int8")
-    )  # which cannot say how many there are
+    narrow = network.apply(params, jnp.array([5, 100], "int8"))  # which has no number 200
     np.testing.assert_array_equal(narrow, network.apply(params, jnp.array([5, 100])))
 
 

@@ -81,10 +81,10 @@ def integrated_gradients(
         raise ValueError(f"steps={steps}: give a whole number of at least one")
     if baseline is None:
         baseline = jax.tree.map(jnp.zeros_like, x)
-    elif jax.tree.map(jnp.shape, baseline) != jax.tree.map(jnp.shape, x):
+    given, wanted = (jax.tree.map(jnp.shape, tree) for tree in (baseline, x))
+    if given != wanted:
         raise ValueError(
-            f"the baseline has the shapes {jax.tree.map(jnp.shape, baseline)}, but x "
-            f"{jax.tree.map(jnp.shape, x)}: give a baseline like x"
+            f"the baseline has the shapes {given}, but x {wanted}: give a baseline like x"
         )
     points, weights = _gauss_legendre(steps)
     gradient = grad(f, rules=rules)

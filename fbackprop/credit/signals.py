@@ -11,6 +11,8 @@ from jax import lax
 from jax.tree_util import Partial
 
 from fbackprop.credit.products import is_product
+from fbackprop.program import value_of
+from fbackprop.record import unit_of
 from fbackprop.sites import wide
 
 
@@ -98,13 +100,13 @@ def clipped(*names: Any, max_norm: float) -> dict:
       max_norm: the largest norm that passes unchanged; it may be traced.
     """
     _check_named("clipped", names)
-    if not isinstance(max_norm, jax.core.Tracer) and not max_norm > 0:
+    known = value_of(max_norm)
+    if known is not None and not known > 0:
         raise ValueError(f"max_norm={max_norm}: give a positive norm")
 
     def rule(max_norm, ct):
         signal = wide(ct)
-        largest = jnp.max(jnp.abs(signal), initial=0)
-        unit = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)  # squares leave the range
+        unit = unit_of(jnp.max(jnp.abs(signal), initial=0))
         norm, most = jnp.linalg.norm((signal / unit).ravel()), max_norm.astype(unit.dtype)
         short = (signal / unit) * (most / jnp.where(norm > 0, norm, 1))
         return jnp.where(norm > most / unit, short.astype(ct.dtype), ct)

@@ -364,9 +364,8 @@ def _next(damping, ratio, every, factors: KroneckerFactors, n_examples):
     their batch alone, and the sooner the fewer examples it has.
     """
     omega = jnp.asarray(OMEGA, damping.dtype) ** every
-    found = adapted(damping, ratio, Rule(shrink=omega, grow=1 / omega, rejected=1 / omega))
     least = (SMALL / n_examples) ** 2 * factors.trace() / factors.space.size
-    return jnp.maximum(found, least.astype(found.dtype))
+    return adapted(damping, ratio, Rule(shrink=omega, grow=1 / omega, rejected=1 / omega), least)
 
 
 def _memory(n_examples):

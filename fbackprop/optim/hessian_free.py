@@ -114,7 +114,7 @@ def hessian_free(
         usable = (after < value) & is_finite(change)
         found = HessianFreeState(
             steps=state.steps + 1,
-            damping=adapted(state.damping, ratio, RULE),
+            damping=adapted(state.damping, ratio, RULE, least=0.0),
             ratio=ratio,
             iterations=search.iterations,
             direction=zero_unless(is_finite(search.solution), search.solution),

@@ -93,9 +93,9 @@ def levenberg_marquardt(
         accepted = (ratio > 0) & (after <= value) & is_finite(change)
         # Below this a solution is that of more damping.
         least = jnp.finfo(ratio.dtype).eps ** 0.75 * model.trace() / model.space.size
-        least = jnp.where(jnp.isfinite(least), least, 0).astype(ratio.dtype)
-        found = jnp.maximum(adapted(state.damping, ratio, RULE), least)
-        after = LevenbergMarquardtState(state.steps + 1, found, ratio, accepted)
+        after = LevenbergMarquardtState(
+            state.steps + 1, adapted(state.damping, ratio, RULE, least), ratio, accepted
+        )
         return zero_unless(accepted, change), after
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -55,9 +55,10 @@ def slope_along(gradient, params) -> jax.Array:
     return optax.tree.sum(jax.tree.map(lambda g, p: jnp.sum(jnp.abs(g * p)), gradient, params))
 
 
-def adapted(damping, ratio, rule: Rule) -> jax.Array:
-    """The next damping, never zero and never beyond `LARGEST`."""
+def adapted(damping, ratio, rule: Rule, least) -> jax.Array:
+    """The next damping, never zero and never beyond `LARGEST`; not below `least`, if finite."""
     factor = jnp.where(ratio > GOOD, rule.shrink, jnp.where(ratio < POOR, rule.grow, 1.0))
     factor = jnp.where(ratio > 0, factor, rule.rejected)
-    least = jnp.finfo(damping.dtype).tiny ** 0.5
-    return jnp.clip(damping * factor.astype(damping.dtype), least, LARGEST)
+    smallest = jnp.finfo(damping.dtype).tiny ** 0.5
+    found = jnp.clip(damping * factor.astype(damping.dtype), smallest, LARGEST)
+    return jnp.maximum(found, jnp.where(jnp.isfinite(least), least, 0).astype(found.dtype))
