@@ -9,7 +9,8 @@ sweep for a quantity alone, the sweep for the quantity and the gradient, and the
 `vmap(jax.grad)` or `vmap(jax.jacrev)`. BackPACK and Opacus, which give the gradient as well, are
 measured against PyTorch's gradient. A run and its unit alternate and are compared pair by pair, and
 the whole run is counted: 1.5 is half a gradient more. Memory is the compiler's account of temporary
-buffers.
+buffers. Where results are large, the quantity and the gradient are measured a second time, into the
+arrays of the last result ("reused").
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ from experiments.quantity_programs import (
 
 SECONDS = 15.0  # about the longest that one program is timed, at fewer pairs than asked for
 
-ALONE, WITH_GRADIENT, BY_JAX = "alone", "with gradient", "vmap(grad)"
+ALONE, WITH_GRADIENT, REUSED, BY_JAX = "alone", "with gradient", "reused", "vmap(grad)"
+OURS = (ALONE, WITH_GRADIENT, REUSED, BY_JAX)
+
+LARGE = 2**25  # bytes of results, from which on the C library takes fresh memory for each array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +100,41 @@ class Bench:
         with jax.default_matmul_precision("highest"):
             check(names, self.case, self.problem)
         own = {name.replace("-", "_"): QUANTITIES[name] for name in names}
+        with_gradient = sweep(self.problem, gradient=fb.Gradient(), **own)
         programs: dict[str, Callable | None] = {
             ALONE: sweep(self.problem, **own),
-            WITH_GRADIENT: sweep(self.problem, gradient=fb.Gradient(), **own),
+            WITH_GRADIENT: with_gradient,
             BY_JAX: by_jax(quantity, self.problem),
         }
-        return {who: self._against_gradient(f) for who, f in programs.items() if f is not None}
+        found = {who: self._against_gradient(f) for who, f in programs.items() if f is not None}
+        result = jax.eval_shape(with_gradient, self.problem.params, self.problem.batch)
+        if sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(result)) > LARGE:
+            found[REUSED] = self._against_gradient(with_gradient, reuse=True)
+        return found
 
     def _compiled(self, function: Callable):
         return jax.jit(function).lower(self.problem.params, self.problem.batch).compile()
 
-    def _against_gradient(self, function: Callable) -> Measured:
-        programs = (self._compiled(function), self.gradient)
-        sizes, unit = (program.memory_analysis() for program in programs)
+    def _against_gradient(self, function: Callable, reuse: bool = False) -> Measured:
+        program, given = self._compiled(function), (self.problem.params, self.problem.batch)
+        sizes, unit = (p.memory_analysis() for p in (program, self.gradient))
         memory = sizes.temp_size_in_bytes / max(unit.temp_size_in_bytes, 1)
         if sizes.temp_size_in_bytes + sizes.output_size_in_bytes > memory_of_device() / 2:
             return Measured(None, None, memory)
+        last = None
+        if reuse:
+            last = program(*given)
+            into = jax.jit(lambda *given: function(*given[:2]), donate_argnums=2, keep_unused=True)
+            program = into.lower(*given, last).compile()
 
         def execute(side: int):
-            jax.block_until_ready(programs[side](self.problem.params, self.problem.batch))
+            nonlocal last
+            if side:
+                jax.block_until_ready(self.gradient(*given))
+            elif reuse:
+                last = jax.block_until_ready(program(*given, last))
+            else:
+                jax.block_until_ready(program(*given))
 
         execute(1)
         pairs = alternate(execute, 1)
@@ -197,6 +217,7 @@ HEADERS = (
     WITH_GRADIENT,
     "memory",
     "ms",
+    REUSED,
     BY_JAX,
     "memory",
     "ms",
@@ -207,13 +228,13 @@ HEADERS = (
 
 def cells(quantity: str, measured: Mapping[str, Measured]) -> list[str]:
     """A row under `HEADERS`; of PyTorch's rivals the fastest."""
-    alone, both, jax_ = (measured.get(who) for who in (ALONE, WITH_GRADIENT, BY_JAX))
-    rivals = {who: m for who, m in measured.items() if who not in (ALONE, WITH_GRADIENT, BY_JAX)}
+    alone, both, reused, jax_ = (measured.get(who) for who in OURS)
+    rivals = {who: m for who, m in measured.items() if who not in OURS}
     name, rival = min(rivals.items(), key=lambda x: x[1].seconds or 0, default=("", None))
     return [
         quantity,
         _times(alone),
-        *(_times(both), _memory(both), _milliseconds(both)),
+        *(_times(both), _memory(both), _milliseconds(both), _times(reused)),
         *(_times(jax_), _memory(jax_), _milliseconds(jax_)),
         f"{name} {_times(rival)}".strip(),
         _milliseconds(rival),
@@ -242,20 +263,27 @@ def title(network: str, rows: Mapping[str, Mapping[str, Measured]]) -> str:
     units: dict[str, list[float]] = {}
     for measured in rows.values():
         for who, m in measured.items():
-            framework = "fbackprop" if who in (ALONE, WITH_GRADIENT, BY_JAX) else "PyTorch"
+            framework = "fbackprop" if who in OURS else "PyTorch"
             if m.time:
                 units.setdefault(framework, []).append(1e3 * m.time.reference)
     said = ", ".join(f"{who} {statistics.median(times):.1f} ms" for who, times in units.items())
     return f"{network}: batch {NETWORKS[network].batch}; a gradient takes {said}"
 
 
+def lines_of(rows: Mapping[str, Mapping[str, Measured]]) -> list[tuple[str, ...]]:
+    """The headers, then a row per quantity, without columns that have nothing in them."""
+    columns = zip(HEADERS, *(cells(*row) for row in rows.items()), strict=True)
+    return list(zip(*(column for column in columns if any(column[1:])), strict=True))
+
+
 def table_of(network: str, rows: Mapping[str, Mapping[str, Measured]]) -> Table:
-    """Times and memory over the gradient's, a row per quantity."""
+    """Times and memory over the gradient's."""
     table = Table(title=title(network, rows), box=None, title_justify="left", collapse_padding=True)
-    for k, header in enumerate(HEADERS):
+    headers, *below = lines_of(rows)
+    for k, header in enumerate(headers):
         table.add_column(header, justify="right" if k else "left", no_wrap=k == 0, overflow="fold")
-    for quantity, measured in rows.items():
-        table.add_row(*cells(quantity, measured))
+    for line in below:
+        table.add_row(*line)
     return table
 
 
@@ -263,10 +291,9 @@ def markdown(results: Results) -> str:
     """The same tables for the documentation."""
     lines: list[str] = []
     for network, rows in results.items():
-        lines += [f"**{title(network, rows)}**", ""]
-        lines += ["| " + " | ".join(HEADERS) + " |", "|---" + "|--:" * (len(HEADERS) - 1) + "|"]
-        lines += ["| " + " | ".join(cells(*row)) + " |" for row in rows.items()]
-        lines += [""]
+        headers, *below = ("| " + " | ".join(line) + " |" for line in lines_of(rows))
+        rule = "|---" + "|--:" * (headers.count("|") - 2) + "|"
+        lines += [f"**{title(network, rows)}**", "", headers, rule, *below, ""]
     return "\n".join(lines)
 
 
@@ -274,6 +301,7 @@ def markdown(results: Results) -> str:
 STYLES: dict[str, dict[str, Any]] = {
     ALONE: {"color": "#0072B2", "marker": "o", "markerfacecolor": "white"},
     WITH_GRADIENT: {"color": "#0072B2", "marker": "o"},
+    REUSED: {"color": "#009E73", "marker": "P"},
     BY_JAX: {"color": "#E69F00", "marker": "s"},
     "BackPACK": {"color": "#D55E00", "marker": "D"},
     "Opacus": {"color": "#CC79A7", "marker": "^"},
