@@ -343,7 +343,7 @@ def draw(results: Results, path: Path) -> None:
     ordered = [who for who in STYLES if who in handles]
     figure.legend(
         [handles[who] for who in ordered], ordered,
-        loc="outside upper center", ncols=len(ordered), frameon=False, fontsize=9,
+        loc="outside upper center", ncols=4, frameon=False, fontsize=9,
     )  # fmt: skip
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=150)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import benchmark, quantity_benchmark, quantity_programs
-from experiments.quantity_benchmark import ALONE, BY_JAX, WITH_GRADIENT
+from experiments.quantity_benchmark import ALONE, BY_JAX, REUSED, WITH_GRADIENT
 from experiments.quantity_programs import NETWORKS, QUANTITIES, Case
 
 MEASURED = ("example-norms", "kfac")
@@ -73,6 +73,15 @@ def test_failing_interpreter_is_one_line(run, tmp_path, capsys):
     assert run("--torch", python) == 1
     error = capsys.readouterr().err
     assert "No module named torch" in error and error.count("\n") == 1
+
+
+def test_large_results_are_measured_into_the_last_ones_too(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quantity_benchmark, "LARGE", 100)
+    monkeypatch.setattr(quantity_benchmark.importlib.util, "find_spec", lambda name: None)
+    assert run("--quantities", "example-norms") == 0
+    measured = json.loads((tmp_path / "quantities.json").read_text())["measured"]["tiny"]
+    assert measured["example-norms"][REUSED]["time"]["median"] > 0
+    assert REUSED in capsys.readouterr().out
 
 
 @pytest.mark.slow
