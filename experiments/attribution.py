@@ -446,7 +446,7 @@ def script(settings: Settings) -> int:
     if settings.examples > len(data.test_inputs):
         raise UsageError(f"--examples must be at most {len(data.test_inputs)}, the test images")
     model = MODELS[settings.network]()
-    settings.out.mkdir(parents=True, exist_ok=True)
+    command.prepare_folder(settings.out)
     apply, params = model.network.apply, train(settings, model, data, console)
     logits = np.asarray(logits_of(apply, params, jnp.asarray(data.test_inputs)))
     predicted = logits.argmax(1)

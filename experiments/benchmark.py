@@ -28,7 +28,7 @@ from rich.table import Table
 
 import fbackprop as fb
 from experiments import optimizer_benchmark, quantity_benchmark, rules_benchmark
-from experiments.command import UsageError, check_names, leave, run, terminal
+from experiments.command import UsageError, check_names, leave, prepare_folder, run, terminal
 from experiments.measuring import Ratio, alternate
 from experiments.programs import PROGRAMS, Program, build
 
@@ -179,7 +179,7 @@ def script(settings: Settings) -> int:
     check_names("program", settings.programs, PROGRAMS)
     if min(settings.repeats, settings.traces, settings.compilations) < 1:
         raise UsageError("--repeats, --traces and --compilations must be at least 1")
-    settings.out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(settings.out)
     console = terminal()
     results: dict[str, dict[str, Ratio]] = {}
     bar = track(settings.programs, "measuring", console=console, disable=not console.is_terminal)

@@ -9,6 +9,7 @@ import io
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, TypeVar
 
@@ -33,6 +34,7 @@ def run(
     settings_type: Callable[..., Settings],
     script: Callable[[Settings], int],
     arguments: Sequence[str] | None,
+    word: str = "",
 ) -> int:
     """Parse the command line into ``settings_type``, call ``script`` on it, return the exit status.
 
@@ -40,12 +42,13 @@ def run(
         settings_type: a dataclass; each field is an option, its docstring the help text.
         script: what to do with the settings; returns its exit status.
         arguments: the words after the script's name, ``None`` for those of this process.
+        word: what stands between the script's name and these, of a script that does several things.
 
     Returns:
         the exit status; errors that a user can mend end in one line on stderr, not a traceback.
     """
     try:
-        return script(_parse(settings_type, arguments))
+        return script(_parse(settings_type, arguments, word))
     except SystemExit as leaving:  # --help
         return int(leaving.code or 0)
     except UsageError as error:
@@ -90,28 +93,48 @@ def check_seeds(seed: int, seeds: int) -> None:
         raise UsageError("--seed must be at least 0, and the last seed below 2³¹")
 
 
+def prepare_folder(folder: pathlib.Path, files: Sequence[str] = ()) -> None:
+    """Make a folder that can be written to, without these files of an earlier run.
+
+    Raises:
+        ExperimentError: it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            (folder / file).unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise ExperimentError(f"cannot write to {folder} ({reason}); give another --out") from None
+
+
 def terminal() -> Console:
     """A console as wide as the terminal, or of a fixed width where output goes to a file."""
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
     return Console(width=width, highlight=False)
 
 
-def _parse(settings_type: Callable[..., Settings], arguments: Sequence[str] | None) -> Settings:
+def _parse(
+    settings_type: Callable[..., Settings], arguments: Sequence[str] | None, word: str
+) -> Settings:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(settings_type, args=arguments, prog=_program(sys.argv[0]))
+            return tyro.cli(settings_type, args=arguments, prog=_program(sys.argv[0], word))
     except SystemExit as leaving:
         if leaving.code:
             raise UsageError(_first_paragraph(said.getvalue())) from None
         raise
 
 
-def _program(path: str) -> str:
+def _program(path: str, word: str) -> str:
     """How an experiment is called, from where it lies."""
     file = pathlib.Path(path)
     ours = file.parent == pathlib.Path(__file__).parent
-    return f"python -m experiments.{file.stem}" if ours else file.name
+    name = f"python -m experiments.{file.stem}" if ours else file.name
+    return f"{name} {word}".strip()
 
 
 def _first_paragraph(box: str) -> str:

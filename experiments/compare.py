@@ -222,7 +222,7 @@ def run(
     best = tried[outcome.best_setting(found)]
     first = jax.tree.map(lambda leaf: leaf[0], starts)
     spent = cost.measure(task, optimizer, best, schedule, parts, first)
-    return Outcome(name, tried, seeds, schedule, found, spent)
+    return Outcome(name, tried, seeds, schedule, found, spent, task.score_rises)
 
 
 def seeds_of(settings: Settings) -> list[int]:

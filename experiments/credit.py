@@ -436,11 +436,11 @@ def script(settings: Settings) -> int:
     validate(settings)
     console = command.terminal()
     task = task_of(settings)
-    settings.out.mkdir(parents=True, exist_ok=True)
+    command.prepare_folder(settings.out)
     try:
         outcomes = compare(settings, task, console)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"what was measured is in {settings.out}") from None
+        raise KeyboardInterrupt(f"the rules that ended are in {settings.out}") from None
     print_table(console, outcomes)
     plot(settings.out / f"{settings.data}.png", outcomes)
     console.print(f"written: {settings.out}/{settings.data}.json, .png", soft_wrap=True)

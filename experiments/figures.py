@@ -13,6 +13,7 @@ from experiments.outcome import Outcome, Quantity
 
 AXES = {"steps": "steps", "seconds": "seconds", "gradients": "gradient-equivalents"}
 COLUMNS = 4  # panels beside each other
+BEYOND = 1e30  # stands for infinity, which cannot be drawn
 
 
 def curves(path: Path, outcomes: Sequence[Outcome], target: float, score_name: str) -> None:
@@ -26,7 +27,7 @@ def curves(path: Path, outcomes: Sequence[Outcome], target: float, score_name: s
                 for outcome in outcomes:
                     _draw_curve(panel, outcome, axis, quantity)
                 _logarithmic(panel)
-            if score_name != "test accuracy" or quantity != "test_score":
+            if quantity != "test_score" or not outcomes[0].score_rises:
                 row[0].set_yscale("log")
             row[0].set_ylabel(label)
             _frame(row[0], outcomes, quantity)
@@ -55,6 +56,10 @@ def search(path: Path, outcomes: Sequence[Outcome]) -> None:
             panel.axis("off")
         for panel, outcome in zip(panels.flat, searched, strict=False):
             _draw_search(panel, outcome)
+        ends = np.concatenate([np.stack(outcome.final) for outcome in searched], axis=None)
+        ends = ends[np.isfinite(ends) & (ends > 0)]
+        limits = (ends.min() / 1.5, 1.5 * ends.max()) if ends.size else (0.1, 1)
+        panels[0, 0].set_ylim(*limits)
         for row in panels:
             row[0].set_ylabel("last training loss")
         figure.savefig(path, dpi=200)
@@ -95,14 +100,18 @@ def _draw_curve(panel: Any, outcome: Outcome, axis: str, quantity: Quantity) -> 
     each = {"steps": 1, "seconds": outcome.cost.seconds, "gradients": outcome.cost.gradients}
     across = outcome.steps[1:] * each[axis]
     lower, median, upper = (values[1:] for values in outcome.curve(quantity))
-    dashes: Any = (0, (4, 1.5)) if row.first_order else "-"
-    panel.plot(across, median, color=row.colour, linestyle=dashes, label=row.label)
+    look = {"linestyle": (0, (4, 1.5)) if row.first_order else "-"}
+    if len(across) == 1:  # a line of one point is nothing to see
+        look["marker"] = "o"
+    panel.plot(across, median, color=row.colour, label=row.label, **look)
+    lower, upper = (np.minimum(values, BEYOND) for values in (lower, upper))
     panel.fill_between(across, lower, upper, color=row.colour, alpha=0.15, linewidth=0)
 
 
 def _frame(panel: Any, outcomes: Sequence[Outcome], quantity: Quantity) -> None:
     """Show where the optimizers differ, not how far a bad start or a divergence went."""
-    medians = [outcome.curve(quantity).median for outcome in outcomes]
+    curves = [outcome.curve(quantity) for outcome in outcomes]
+    medians = [curve.median for curve in curves]
     values = np.concatenate(medians)
     values = values[np.isfinite(values)]
     if not values.size:
@@ -111,7 +120,9 @@ def _frame(panel: Any, outcomes: Sequence[Outcome], quantity: Quantity) -> None:
         panel.set_ylim(max(0.0, values.max() - 0.35), min(1.005, values.max() + 0.02))
     elif panel.get_yscale() == "log":
         start = max((median[0] for median in medians if np.isfinite(median[0])), default=np.inf)
-        panel.set_ylim(top=1.5 * start)
+        least = np.concatenate([curve.lower for curve in curves])
+        least = least[np.isfinite(least) & (least > 0)]
+        panel.set_ylim(least.min() / 1.5 if least.size else None, 1.5 * start)
 
 
 def _draw_search(panel: Any, outcome: Outcome) -> None:
@@ -126,7 +137,8 @@ def _draw_search(panel: Any, outcome: Outcome) -> None:
         own = np.flatnonzero(values[:, 1] == group) if len(names) > 1 else np.arange(len(values))
         own = own[np.argsort(values[own, 0])]
         kept, lost = own[np.isfinite(median[own])], own[~np.isfinite(median[own])]
-        bars = np.stack([median[kept] - lower[kept], np.minimum(upper[kept], 1e30) - median[kept]])
+        ends = lower[kept], np.minimum(upper[kept], BEYOND)
+        bars = np.stack([median[kept] - ends[0], ends[1] - median[kept]])
         label = f"{names[1]} {group:.2g}" if len(names) > 1 else None
         panel.errorbar(values[kept, 0], median[kept], bars, color=colour, fmt="o-", label=label)
         panel.plot(

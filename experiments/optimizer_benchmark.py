@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 import fbackprop as fb
-from experiments.command import UsageError, run, terminal
+from experiments.command import UsageError, prepare_folder, run, terminal
 from experiments.measuring import alternate
 
 STEPS: dict[str, Callable[[], Any]] = {
@@ -150,7 +150,7 @@ def script(settings: Settings) -> int:
         raise UsageError("--autoencoder and --hidden take widths of at least 1")
     if len(settings.autoencoder) < 2:
         raise UsageError("--autoencoder takes the widths of two layers or more")
-    settings.out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(settings.out)
     console = terminal()
     found = steps(
         settings,
@@ -174,4 +174,4 @@ def script(settings: Settings) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark; returns its exit status."""
-    return run(Settings, script, arguments)
+    return run(Settings, script, arguments, "optimizers")

@@ -48,6 +48,7 @@ class Outcome:
     schedule: Schedule
     found: Found
     cost: Cost
+    score_rises: bool = True  # where it gets better, as accuracy does and an error does not
 
     @property
     def steps(self) -> np.ndarray:
@@ -72,7 +73,7 @@ class Outcome:
     def curve(self, quantity: Quantity) -> Quartiles:
         """Of the best setting, (R,); NaN where there is no test part."""
         values = getattr(self.found.curves, quantity)[self.best]
-        if quantity == "test_score":
+        if quantity == "test_score" and self.score_rises:
             return quartiles(values, worse="lower")
         untested = quantity != "train_loss" and np.isnan(values[:, 0]).all()
         return quartiles(values if untested else finite(values))
@@ -80,6 +81,12 @@ class Outcome:
     def end(self, quantity: Quantity) -> Quartiles:
         """Of the best setting at its last record, three numbers."""
         return Quartiles(*(float(values[-1]) for values in self.curve(quantity)))
+
+    @property
+    def lowered(self) -> bool:
+        """Whether the best setting ended no higher than it began."""
+        median = self.curve("train_loss").median
+        return bool(np.isfinite(median[-1]) and median[-1] <= median[0])
 
     def reach(self, target: float) -> Reached:
         """When the best setting's training loss was recorded at or below ``target`` first."""
@@ -125,7 +132,11 @@ def finite(losses: np.ndarray) -> np.ndarray:
 
 
 def target_of(outcomes: Sequence[Outcome]) -> float:
-    """The loss at which the best first-order method ended, or without one, the highest end."""
-    first = [outcome for outcome in outcomes if OPTIMIZERS[outcome.name].first_order]
-    ends = [outcome.end("train_loss").median for outcome in first or outcomes]
-    return float(min(ends) if first else max(ends))
+    """The loss at which the best first-order method ended, or without one, the highest end.
+
+    Of methods that lowered the loss; NaN, which none reaches, if none did.
+    """
+    lowered = [outcome for outcome in outcomes if outcome.lowered]
+    first = [outcome for outcome in lowered if OPTIMIZERS[outcome.name].first_order]
+    ends = [outcome.end("train_loss").median for outcome in first or lowered]
+    return float((min if first else max)(ends, default=np.nan))

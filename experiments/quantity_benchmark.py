@@ -33,7 +33,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import fbackprop as fb
-from experiments.command import ExperimentError, UsageError, check_names, run, terminal
+from experiments.command import (
+    ExperimentError,
+    UsageError,
+    check_names,
+    prepare_folder,
+    run,
+    terminal,
+)
 from experiments.measuring import Ratio, alternate, memory_of_device
 from experiments.quantity_programs import (
     NETWORKS,
@@ -379,7 +386,7 @@ def script(settings: Settings) -> int:
     chosen = _chosen(settings)
     console = terminal()
     python = find_torch(settings.torch, console)
-    settings.out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(settings.out)
     results: Results = {}
     columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -419,4 +426,4 @@ def write(results: Results, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
-    return run(Settings, script, arguments)
+    return run(Settings, script, arguments, "quantities")

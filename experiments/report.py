@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.command import ExperimentError, UsageError
+from experiments.command import UsageError, prepare_folder
 from experiments.optimizers import OPTIMIZERS
 from experiments.outcome import Outcome, Quantity, Quartiles
 
@@ -52,15 +52,7 @@ def make_folder(out: Path, name: str | None, fallback: str, *, overwrite: bool) 
             number += 1
     elif not overwrite and folder.exists():
         raise UsageError(f"{folder} exists; give another --name, or --overwrite")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in FILES:
-            (folder / file).unlink(missing_ok=True)
-        probe = folder / "curves.csv"
-        probe.touch()
-    except OSError as error:
-        reason = error.strerror or error
-        raise ExperimentError(f"cannot write to {folder} ({reason}); give another --out") from None
+    prepare_folder(folder, FILES)
     return folder
 
 
@@ -134,7 +126,7 @@ def line(outcome: Outcome) -> str:
     )
     if math.isinf(outcome.final.median[outcome.best]):
         return f"{said}; no setting kept the loss finite, try others"
-    if outcome.end("train_loss").median > outcome.curve("train_loss").median[0]:
+    if not outcome.lowered:
         return f"{said}; no setting lowered the loss, try others"
     edges = " and ".join(name.replace("_", " ") for name in outcome.at_the_edge())
     return f"{said}; at the edge of those tried: the best {edges}" if edges else said
@@ -170,8 +162,11 @@ def print_results(
     else:
         two = _table(labels, ended, ends), _table(labels, taken, efforts)
         console.print(two[0], "", two[1], sep="\n")
+    which = f"those to a training loss of {target:.4g}"
+    if math.isnan(target):
+        which = "not known, since no loss was lowered that could be a target"
     console.print(
-        f"Steps, seconds and gradient-equivalents are those to a training loss of {target:.4g}; "
+        f"Steps, seconds and gradient-equivalents are {which}; "
         "the last column is what one step is worth.",
         soft_wrap=True,
     )
@@ -180,7 +175,7 @@ def print_results(
 def _table(labels: Sequence[str], headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A row for each of these optimizers."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("optimizer")
+    table.add_column("optimizer", no_wrap=True, min_width=max(map(len, labels)))
     for header in headers:
         table.add_column(header, justify="right", overflow="fold")
     for label, row in zip(labels, rows, strict=True):

@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 import fbackprop as fb
-from experiments.command import UsageError, check_names, run, terminal
+from experiments.command import UsageError, check_names, prepare_folder, run, terminal
 from experiments.measuring import Ratio, alternate
 from experiments.programs import PROGRAMS, build
 
@@ -103,7 +103,7 @@ def script(settings: Settings) -> int:
     check_names("program", settings.programs, PROGRAMS)
     if min(settings.repeats, settings.traces) < 1:
         raise UsageError("--repeats and --traces must be at least 1")
-    settings.out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(settings.out)
     console = terminal()
     table = Table(title="sweep with other rules over the plain sweep", box=None)
     for heading in ("program", "rules", *MEASURES.values()):
@@ -123,4 +123,5 @@ def script(settings: Settings) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
-    return run(Settings, script, sys.argv[1:] if arguments is None else list(arguments))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    return run(Settings, script, given, "rules")

@@ -423,7 +423,7 @@ def script(settings: Settings) -> int:
     """Measure, print, write; the status is 0 whatever becomes of the signals."""
     validate(settings)
     images = images_of(settings)
-    settings.out.mkdir(parents=True, exist_ok=True)
+    command.prepare_folder(settings.out)
     console = command.terminal()
     total = len(settings.activations) * len(chosen(settings))
     bar = track(

@@ -64,6 +64,11 @@ class Task(NamedTuple):
     budget: Budget
     precision: Literal["float32", "float64"] = "float32"
 
+    @property
+    def score_rises(self) -> bool:
+        """Whether a better score is a higher one."""
+        return self.score_name == "test accuracy"
+
     def mean_loss(self, params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
         """The loss averaged over examples, the quantity that every optimizer lowers."""
         outputs = jax.vmap(self.apply, in_axes=(None, 0))(params, inputs)

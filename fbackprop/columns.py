@@ -164,7 +164,8 @@ class Labels:
 
     def __call__(self, example: Example):
         z, target = example.prediction, example.target
-        if self.draw is None and example.loss not in _LABELS:
+        own = [draw for loss, draw in _LABELS.items() if loss is example.loss]
+        if self.draw is None and not own:
             name = getattr(example.loss, "__name__", repr(example.loss))
             raise ValueError(
                 f"labels cannot be drawn for the loss '{name}': give label=, a function of a key "
@@ -174,7 +175,7 @@ class Labels:
         def column(key):
             if self.draw is not None:
                 return example.slope(self.draw(key, z))
-            return example.slope(_LABELS[example.loss](key, z, jnp.asarray(target)))
+            return example.slope(own[0](key, z, jnp.asarray(target)))
 
         found = jax.vmap(column)(jax.random.split(example.key, self.samples))
         return jax.tree.map(lambda x: x / self.samples**0.5, found), None
@@ -184,7 +185,13 @@ def labels(samples: int, label: Callable | str | None) -> Labels:
     """Labels drawn by a function; or by the loss itself, for "model" and None."""
     if not (label is None or label == "model" or callable(label)):
         raise ValueError(f'label={label!r}: give "model", or a function that draws a label')
-    return Labels(samples, label if callable(label) else None)
+    if not callable(label):
+        return Labels(samples)
+    try:
+        hash(label)
+    except TypeError:  # a module that holds arrays: known by its identity
+        label = functools.partial(label)
+    return Labels(samples, label)
 
 
 # --- roots ----------------------------------------------------------------------------------------
@@ -201,7 +208,7 @@ class _Diagonal:
         self.shape, self.dtype = diagonal.shape, diagonal.dtype
 
     def columns(self):
-        return jax.vmap(self.unravel)(jnp.diag(jnp.sqrt(jnp.abs(self.diagonal))))
+        return jax.vmap(self.unravel)(jnp.diag(_square_root(jnp.abs(self.diagonal))))
 
     def signs(self):
         return jnp.where(self.diagonal < 0, -1.0, 1.0)
@@ -210,30 +217,68 @@ class _Diagonal:
         return Partial(jnp.multiply, jnp.maximum(self.diagonal, 0))
 
     def combine(self, coefficients):
-        return self.unravel(jnp.sqrt(jnp.maximum(self.diagonal, 0)) * coefficients)
+        return self.unravel(_square_root(jnp.maximum(self.diagonal, 0)) * coefficients)
+
+
+def _square_root(x):
+    """√x, with the derivative 0 at 0, where nothing that is never negative rises or falls."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
 
 class _Whole:
     """Any Hessian, from its eigenvectors."""
 
     def __init__(self, hessian, unravel):
-        self.values, self.vectors = jnp.linalg.eigh((hessian + hessian.T) / 2)
+        self.rows, self._signs = _signed_root((hessian + hessian.T) / 2)
         self.unravel = unravel
-        self.shape, self.dtype = self.values.shape, self.values.dtype
+        self.shape, self.dtype = self._signs.shape, self._signs.dtype
 
     def columns(self):
-        return jax.vmap(self.unravel)((self.vectors * jnp.sqrt(jnp.abs(self.values))[None]).T)
+        return jax.vmap(self.unravel)(self.rows)
 
     def signs(self):
-        return jnp.where(self.values < 0, -1.0, 1.0)
+        return self._signs
+
+    @property
+    def _positive(self):
+        return jnp.where(self._signs[:, None] > 0, self.rows, 0)
 
     def product(self):
-        positive = jnp.maximum(self.values, 0)
-        return Partial(jnp.matmul, (self.vectors * positive[None]) @ self.vectors.T)
+        return Partial(jnp.matmul, self._positive.T @ self._positive)
 
     def combine(self, coefficients):
-        root = jnp.sqrt(jnp.maximum(self.values, 0))
-        return self.unravel(self.vectors @ (root * coefficients))
+        return self.unravel(coefficients @ self._positive)
+
+
+@jax.custom_jvp
+def _signed_root(hessian):
+    """Rows R and signs σ with ``H = Rᵀ diag(σ) R``: eigenvectors times the roots of |λ|.
+
+    Eigenvectors have no derivative where eigenvalues are equal, and roots none at zero; but what is
+    made of all rows depends on the matrix alone. The tangent is one of those that give the matrix,
+    its positive and its negative part theirs.
+    """
+    values, vectors = jnp.linalg.eigh(hessian)
+    return _rows_of(values, vectors)
+
+
+def _rows_of(values, vectors):
+    return (vectors * jnp.sqrt(jnp.abs(values))[None]).T, jnp.where(values < 0, -1.0, 1.0).astype(
+        values.dtype
+    )
+
+
+@_signed_root.defjvp
+def _signed_root_jvp(primals, tangents):
+    values, vectors = jnp.linalg.eigh(*primals)
+    rows, signs = _rows_of(values, vectors)
+    s, t = (jnp.sqrt(jnp.abs(values)).reshape(shape) for shape in ((-1, 1), (1, -1)))
+    same = signs[:, None] == signs[None]
+    over, under = jnp.where(same, 1, s), jnp.where(same, s + t, s**2 + t**2)
+    turned = vectors.T @ tangents[0] @ vectors
+    moved = jnp.where(under > 0, over / jnp.where(under > 0, under, 1), 0) * turned
+    return (rows, signs), (signs[:, None] * moved @ vectors.T, jnp.zeros_like(signs))
 
 
 class _Softmax:
@@ -247,6 +292,7 @@ class _Softmax:
         self.like = logits
         logits = logits.reshape(-1, logits.shape[-1])
         self.p = jax.nn.softmax(logits)
+        self.root = jnp.exp(jax.nn.log_softmax(logits) / 2)  # √p, with a derivative where p is 0
         self.shape, self.dtype = self.p.shape, self.p.dtype
         n_classes = logits.shape[-1]
         if jnp.issubdtype(target.dtype, jnp.integer):
@@ -258,12 +304,11 @@ class _Softmax:
 
     def columns(self):
         positions, n = self.shape
-        root = jnp.sqrt(self.p)
-        last = root[:, -1:]
+        root, last = self.root, self.root[:, -1:]
         eye = jnp.eye(n, dtype=root.dtype)
         turned = (last / (1 + last)) * (eye[-1:] - self.p)  # (positions, n)
         own = eye[None, :-1] - self.p[:, None] - turned[:, None]  # (positions, columns, n)
-        own = own * root[:, :-1, None] * jnp.sqrt(self.weight)[:, None, None]
+        own = own * root[:, :-1, None] * _square_root(self.weight)[:, None, None]
         if positions == 1:
             return own.reshape(n - 1, *self.like.shape)
         places = jnp.eye(positions, dtype=root.dtype)
@@ -277,9 +322,9 @@ class _Softmax:
         return Partial(_softmax_product, self.p, self.weight)
 
     def combine(self, coefficients):
-        root = jnp.sqrt(self.p) * coefficients
+        root = self.root * coefficients
         found = root - self.p * jnp.sum(root, axis=-1, keepdims=True)
-        return (found * jnp.sqrt(self.weight)[:, None]).reshape(self.like.shape)
+        return (found * _square_root(self.weight)[:, None]).reshape(self.like.shape)
 
 
 def _root_of(example: Example, most: int | None = None):

@@ -75,7 +75,14 @@ def length(trees, weights) -> int:
         if not shape:
             raise ValueError(f"the {name} have no axis of examples: they are a scalar")
         sizes[name] = shape[0]
+        if not isinstance(shape[0], int):
+            raise TypeError(
+                f"the {name} are {shape[0]} examples: a sweep is of a batch of known size, and is "
+                "exported for one"
+            )
     if weights is not None:
+        if isinstance(weights, list | tuple) and any(isinstance(w, jax.Array) for w in weights):
+            weights = jnp.asarray(weights)  # traced ones are no NumPy array
         _check_weights(weights)
         sizes["weights"] = jnp.shape(weights)[0]
     if len(set(sizes.values())) > 1:

@@ -131,6 +131,12 @@ def call_model(model: Callable, params, inputs: Sequence, has_key: bool):
     if not has_key:
         return model(params, *inputs)
     *others, key = inputs
+    place = list(inspect.signature(model).parameters).index("key")
+    if place <= len(others) and _key_of(model).kind is not inspect.Parameter.KEYWORD_ONLY:
+        raise TypeError(
+            "the model takes its key before its inputs: give a function that takes it after them, "
+            "lambda params, x, key: …"
+        )
     return model(params, *others, key=key)
 
 

@@ -121,9 +121,10 @@ def backward(rules: Rules, program: Program, active: Mask, tape: list, cts: Sequ
         except Exception as error:
             _locate(error, eqn)
             raise
-        for v, ct in zip(eqn.inputs, leaving, strict=True):
-            if not isinstance(v, Literal):
-                add(v, ct)
+        with eqn.context():  # sums lie on the mesh that the equation was traced on
+            for v, ct in zip(eqn.inputs, leaving, strict=True):
+                if not isinstance(v, Literal):
+                    add(v, ct)
     return [pending.get(v) for v in program.inputs]
 
 

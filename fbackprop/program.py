@@ -23,6 +23,7 @@ from jax._src.custom_derivatives import SymbolicZero
 from jax._src.interpreters import ad, batching, mlir, partial_eval
 from jax._src.sharding_impls import UNSPECIFIED
 from jax._src.state import discharge
+from jax._src.state.types import AbstractRef
 from jax.extend.core import Literal, Primitive, Var
 
 type_of = jax.typeof
@@ -817,6 +818,11 @@ def is_inexact(aval) -> bool:
     return isinstance(aval, core.ShapedArray) and dtypes.issubdtype(aval.dtype, np.inexact)
 
 
+def is_reference(x) -> bool:
+    """Whether this is a `jax.ref.Ref`, which no program returns."""
+    return isinstance(type_of(x), AbstractRef)
+
+
 def is_real_number(x) -> bool:
     """Whether this is a scalar, an integer or a real number, traced or not."""
     try:
@@ -877,8 +883,12 @@ def sharding_of(aval, axes: Sequence[int | None] | None = None):
         mesh, spec = jax.sharding.get_abstract_mesh(), (None,) * aval.ndim
         if jax.sharding.AxisType.Explicit not in mesh.axis_types:
             return None
-    order = range(aval.ndim) if axes is None else axes
-    spec = jax.sharding.PartitionSpec(*(None if i is None else spec[i] for i in order))
+    order, parts = range(aval.ndim) if axes is None else axes, getattr(spec, "partitions", spec)
+    kinds = {kind: getattr(spec, kind, None) for kind in ("unreduced", "reduced")}
+    spec = jax.sharding.PartitionSpec(
+        *(None if i is None else parts[i] for i in order),
+        **{kind: names for kind, names in kinds.items() if names},
+    )
     return jax.sharding.NamedSharding(mesh, spec)
 
 

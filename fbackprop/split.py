@@ -22,6 +22,7 @@ from fbackprop.program import (
     cotangent_aval,
     evaluate,
     holds,
+    is_reference,
     program_of,
     prune,
     trace_jaxpr,
@@ -90,7 +91,10 @@ class Split:
         traced = self._trace_forward(computed_outputs, unknown_inputs)
         body = program_of(traced)
         n = sum(computed_outputs)
-        self._leaves = body.outputs[n:]
+        returned = iter(body.outputs[n:])
+        self._leaves = [
+            next(returned) if place is None else body.inputs[place] for place in self._references
+        ]
         places = {}
         for v in _dependent_only_on(body, invariant_inputs):
             places[v] = ("invariant", v)
@@ -116,7 +120,10 @@ class Split:
         def run(*values):
             outs, tape = passes.forward(self.rules, self.program, self.active, values)
             leaves, self._tape_structure = jax.tree.flatten(tape)
-            return [*outs, *leaves]
+            # A reference that is kept is one of the inputs, and cannot be returned.
+            places = {id(x): i for i, x in enumerate(values) if is_reference(x)}
+            self._references = [places.get(id(leaf)) for leaf in leaves]
+            return [*outs, *(x for x in leaves if id(x) not in places)]
 
         traced = trace_jaxpr(run, self.program.in_avals)
         n_leaves = len(traced.out_avals) - len(computed_outputs)

@@ -166,6 +166,14 @@ def test_eigenpairs_when_the_space_is_exhausted(name, dtype):
     assert np.all(found.residuals <= tolerance)
 
 
+def test_small_eigenvalues_beside_a_large_one():
+    """Not taken for the end of the Krylov space: they are a millionth, well above ε."""
+    spectrum = np.concatenate([np.linspace(0.5, 1.5, P - 1), [1e6]])
+    matrix = jnp.asarray(random_symmetric(spectrum), jnp.float32)
+    found = compiled(top_eigenpairs, 5)(matrix, jax.random.key(0))
+    np.testing.assert_allclose(found.values, np.sort(spectrum)[::-1][:5], atol=0.1)
+
+
 @pytest.mark.slow
 def test_pairs_that_converge_and_those_that_do_not():
     """Far from all of a large space; converged pairs are what spoils the basis of a plain Lanczos.

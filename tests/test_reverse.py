@@ -248,6 +248,38 @@ def test_references():
 
 
 @jax.custom_vjp
+def stash(ref, x):
+    return x
+
+
+def stash_backward(ref, ct):
+    ref[...] += ct
+    return None, ct
+
+
+stash.defvjp(lambda ref, x: (x, ref), stash_backward)
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        jax.jit,
+        jax.checkpoint,
+        lambda f: lambda x: lax.cond(x[0] < 9, f, lambda x: x, x),
+        lambda f: lambda x: lax.scan(lambda c, _: (f(c), None), x, length=1)[0],
+    ],
+    ids=["jit", "checkpoint", "cond", "scan"],
+)
+def test_a_backward_rule_may_write_to_a_reference(within):
+    x, found = jnp.arange(4.0), []
+    for grad, within in ((fb.grad, within), (jax.grad, lambda f: f)):
+        ref = jax.new_ref(jnp.zeros(4))
+        called = within(lambda x, ref=ref: jnp.sin(stash(ref, x**2)))
+        found.append((grad(lambda x, f=called: jnp.sum(f(x)))(x), ref[...]))
+    assert_close(*found)
+
+
+@jax.custom_vjp
 def ruled(x):
     return jnp.sin(x)
 
@@ -322,6 +354,30 @@ def test_a_look_at_values_beside_a_shard_map():
     assert_close(fb.grad(f)(w), jax.grad(f)(w), scale=10)
     with pytest.raises(TypeError, match="dot_general requires contracting dimensions"):
         fb.grad(lambda w: jnp.sum(mapped(lambda w, x: x @ w.T)(w, X)))(w)
+
+
+def test_sums_and_contractions_on_an_explicit_mesh():
+    """A value used twice where axes are automatic; sums that are still to be made over devices."""
+
+    def twice(x, w):
+        inner = jax.sharding.auto_axes(lambda x: jnp.sin(x) * x, out_sharding=P("i", None))
+        return jnp.sum(inner(x)) + jnp.sum(w)
+
+    def unreduced(x, w):
+        out = P(None, None, unreduced={"i"})
+        y = jnp.einsum("ni,nj->ij", x, x, out_sharding=out)
+        return jnp.sum(jax.reshard(y, P(None, None)) ** 2) + jnp.sum(w)
+
+    def reduced(x, w):
+        return jnp.sum(jnp.sin(x @ jax.reshard(w, P(None, None, reduced={"i"}))))
+
+    mesh = two_devices(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        x = jax.reshard(jnp.arange(8.0).reshape(4, 2) / 9, P("i", None))
+        for f in (twice, unreduced, reduced):
+            ours, theirs = (lib.grad(f, (0, 1))(x, jnp.ones((2, 3))) for lib in (fb, jax))
+            assert_close(ours, theirs, scale=10)
+            assert [str(jax.typeof(a)) for a in ours] == [str(jax.typeof(a)) for a in theirs]
 
 
 @pytest.mark.parametrize("jit", [lambda g: g, jax.jit])

@@ -1,6 +1,7 @@
 """Rows of the table: registration, user rules, errors at trace time."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import pytest
 from jax.extend.core import Primitive
 
 import fbackprop as fb
+from fbackprop.program import trace
+from fbackprop.rules.derived import _no_recurrence
 from fbackprop.table import TABLE
 
 X = jnp.arange(1.0, 4.0)
@@ -114,3 +117,17 @@ def test_underivable_primitive_says_so():
     p.def_abstract_eval(lambda x: x)
     with pytest.raises(NotImplementedError, match="opaque"):
         fb.grad(lambda x: jnp.sum(p.bind(x)))(X)
+
+
+def test_threads_may_derive_a_rule_at_once():
+    """That one is under way in another thread is no recurrence."""
+    (eqn,) = trace(lambda x: [jnp.sin(x)], [jax.typeof(1.0)]).equations
+
+    def derive():
+        with _no_recurrence(eqn, (True,)):
+            return True
+
+    with _no_recurrence(eqn, (True,)), ThreadPoolExecutor() as pool:
+        assert pool.submit(derive).result()
+        with pytest.raises(fb.MissingRule):
+            derive()

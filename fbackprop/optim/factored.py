@@ -337,8 +337,11 @@ def _factored(
                 expected = model or QuadraticModel.of(part, both, state.damping)
                 after = part.value(optax.apply_updates(params, change))
                 promised = expected.promised(weights)
-                ratio = reduction_ratio(expected.value, after, promised).astype(state.ratio.dtype)
-                return _next(state.damping, ratio, every, factors, problem.n_effective), ratio
+                mean = factors.trace() / factors.space.size
+                ratio = reduction_ratio(
+                    expected.value, after, promised, excess=lambda: state.damping > mean
+                ).astype(state.ratio.dtype)
+                return _next(state.damping, ratio, every, mean, problem.n_effective), ratio
 
             judged = lax.cond(is_time & finite, judge, lambda: (state.damping, state.ratio))
         after = FactoredState(
@@ -356,15 +359,15 @@ def _factored(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _next(damping, ratio, every, factors: KroneckerFactors, n_examples):
+def _next(damping, ratio, every, mean, n_examples):
     """λ · ω or λ / ω with ω = `OMEGA` for every step since the last time (section 6.5).
 
-    Not below the mean eigenvalue of the factors' matrix, times `SMALL`²/N²: the ratio is of one
+    Not below the factors' matrix's mean eigenvalue times `SMALL`²/N²: the ratio is of one
     batch, and knows not what a step does to the others. Without a bound λ falls until steps fit
     their batch alone, and the sooner the fewer examples it has.
     """
     omega = jnp.asarray(OMEGA, damping.dtype) ** every
-    least = (SMALL / n_examples) ** 2 * factors.trace() / factors.space.size
+    least = (SMALL / n_examples) ** 2 * mean
     return adapted(damping, ratio, Rule(shrink=omega, grow=1 / omega, rejected=1 / omega), least)
 
 

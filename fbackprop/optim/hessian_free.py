@@ -110,7 +110,12 @@ def hessian_free(
         change, after = _shortened(whole, loss, value, gradient)
         predicted = -search.values[place] + state.damping / 2 * optax.tree.vdot(whole, whole)
         slope = slope_along(gradient, in_one(params))
-        ratio = reduction_ratio(value, after, predicted, slope).astype(state.ratio.dtype)
+
+        def excess():
+            along = operator.quadratic(updates)
+            return state.damping * optax.tree.vdot(gradient, gradient) > along
+
+        ratio = reduction_ratio(value, after, predicted, slope, excess).astype(state.ratio.dtype)
         usable = (after < value) & is_finite(change)
         found = HessianFreeState(
             steps=state.steps + 1,
@@ -220,7 +225,7 @@ def _best_iterate(search: Search, loss):
     def better(state):
         place, value, falls = state
         before = loss(iterate(jnp.maximum(place - 1, 0)))
-        falls = (place > 0) & ~(before >= value)
+        falls = (place > 0) & ((before < value) | jnp.isnan(value))
         return jnp.where(falls, place - 1, place), jnp.where(falls, before, value), falls
 
     last = jnp.maximum(search.kept - 1, 0)

@@ -32,7 +32,7 @@ class LevenbergMarquardtState(NamedTuple):
       steps: how many so far, accepted or not.
       damping: λ of the next step.
       ratio: the last step's reduction of the loss over the predicted one; 1/2 where that is less
-        than the loss's rounding error.
+        than the loss's rounding error, but 1 if the damping exceeds the mean eigenvalue.
       accepted: whether the last step was taken.
     """
 
@@ -89,10 +89,12 @@ def levenberg_marquardt(
         after = value_fn(optax.apply_updates(params, change))
         in_one = model.space.wide
         slope = slope_along(in_one(updates), in_one(params))
-        ratio = reduction_ratio(value, after, predicted, slope).astype(state.ratio.dtype)
+        mean = model.trace() / model.space.size  # eigenvalue
+        ratio = reduction_ratio(value, after, predicted, slope, lambda: state.damping > mean)
+        ratio = ratio.astype(state.ratio.dtype)
         accepted = (ratio > 0) & (after <= value) & is_finite(change)
         # Below this a solution is that of more damping.
-        least = jnp.finfo(ratio.dtype).eps ** 0.75 * model.trace() / model.space.size
+        least = jnp.finfo(ratio.dtype).eps ** 0.75 * mean
         after = LevenbergMarquardtState(
             state.steps + 1, adapted(state.damping, ratio, RULE, least), ratio, accepted
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.typing import ArrayLike
 
 GOOD, POOR = 0.75, 0.25
@@ -28,23 +30,27 @@ class Rule(NamedTuple):
     rejected: ArrayLike
 
 
-def reduction_ratio(before, after, predicted, slope=0.0) -> jax.Array:
+def reduction_ratio(
+    before, after, predicted, slope=0.0, excess: Callable[[], Any] = lambda: False
+) -> jax.Array:
     """The loss's reduction over the predicted one; −1 where the loss is not finite.
 
     Where the model promises no more than the loss's rounding error nothing can be told: it is
-    `UNTOLD` if the loss rose by no more. Where the model promises a rise, as of a step that is not
-    its minimum (of a learning rate and momentum) it may, it is 1 if there was none: the loss does
-    better than that with too much damping.
+    `UNTOLD` if the loss rose by no more. It is 1 where there is too much damping for a promise:
+    where it exceeds the curvature, or where the model promises a rise, as of a step that is not
+    its minimum (of a learning rate and momentum) it may.
 
     Args:
       before, after: the loss.
       predicted: its reduction.
       slope: Σ|θ ∂ℓ/∂θ|, by which multiples of ε the loss changes as parameters are rounded.
+      excess: whether the damping exceeds the curvature; asked for where nothing can be told.
     """
     actual = before - after
     noise = jnp.finfo(actual.dtype).eps * (jnp.abs(before) + slope)
     told = predicted > noise
-    best = jnp.where(predicted < -noise, 1.0, UNTOLD)
+    exceeds = lax.cond(told, lambda: jnp.array(False), lambda: jnp.asarray(excess()))
+    best = jnp.where((predicted < -noise) | exceeds, 1.0, UNTOLD)
     ratio = jnp.where(told, actual / jnp.where(told, predicted, 1), best)
     ratio = jnp.where(~told & (actual < -noise), -1.0, ratio)
     return jnp.where(jnp.isfinite(after) & jnp.isfinite(ratio), ratio, -1.0)

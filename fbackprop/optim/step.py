@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ class Step:
             optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
         self.optimizer = optax.with_extra_args_support(optimizer)
         self._compiled = jax.jit(self._run)
+        self._compilations = 0
         self._usual = jax.tree.structure(None)  # of the last state, in which nothing was pending
 
     def __call__(
@@ -67,14 +69,17 @@ class Step:
         # longer than many a step. Shapes are checked when they are compiled for, and weights here.
         if weights is not None or jax.tree.structure(state) != self._usual:
             objective.check()
+            if weights is not None:
+                objective = dataclasses.replace(objective, weights=jnp.asarray(weights, float))
+            objective, state = jax.tree.map(_strongly_typed, (objective, state))
             state = complete(state, objective)
             self._usual = jax.tree.structure(state)
         return self._compiled(state, objective)
 
     @property
     def compilations(self) -> int:
-        """How often the step was compiled."""
-        return self._compiled._cache_size()
+        """For how many types and shapes of what it is given the step was compiled."""
+        return self._compilations
 
     def init(
         self, params: Any, batch: Any, *further: Any, weights: Any = None, key: Any = None
@@ -90,6 +95,7 @@ class Step:
         return Objective(self.model, self.loss, params, batch, further, weights, key, self.chunk)
 
     def _run(self, state, objective: Objective):
+        self._compilations += 1  # traced but once for each
         params = objective.params
         value, gradient = objective.value_and_gradient()
 
@@ -115,6 +121,14 @@ class Step:
             if len(found) == 1:
                 info[name] = found[0]
         return params, after, info
+
+
+def _strongly_typed(x):
+    """As what comes of a step is typed: else the second step would be compiled anew."""
+    if isinstance(x, float | complex) or getattr(x, "weak_type", False):
+        x = jnp.asarray(x)
+        return x.astype(x.dtype)
+    return x
 
 
 def _kept_unless(finite, new, old):

@@ -8,6 +8,7 @@ forward-mode rule, or a user's `custom_jvp` function, has a backward rule alread
 from __future__ import annotations
 
 import contextlib
+import contextvars
 
 import jax
 
@@ -78,22 +79,23 @@ def _no_recurrence(eqn: Equation, active):
     """
     avals = tuple((aval.shape, aval.dtype) for aval in eqn.in_avals)
     signature = (eqn if eqn.primitive.name == "custom_jvp_call" else eqn.primitive, avals, active)
-    grows = any(who is signature[0] and len(avals) > len(other) for who, other, _ in _under_way)
-    if signature in _under_way or grows:
+    others = _under_way.get()
+    grows = any(who is signature[0] and len(avals) > len(other) for who, other, _ in others)
+    if signature in others or grows:
         raise MissingRule(
             eqn.primitive,
             eqn.source,
             " or a jax.custom_vjp around its call (none can be derived, since its forward-mode "
             "rule uses the primitive itself, and it has no transpose)",
         )
-    _under_way.append(signature)
+    before = _under_way.set((*others, signature))
     try:
         yield
     finally:
-        _under_way.pop()
+        _under_way.reset(before)
 
 
-_under_way: list = []
+_under_way: contextvars.ContextVar[tuple] = contextvars.ContextVar("under way", default=())
 
 
 class Derived(Rule):

@@ -1,6 +1,7 @@
 """Tiny comparisons: what a run leaves behind, what it means, and how it fails."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -115,6 +116,7 @@ def test_what_diverges_is_said_and_drawn(tmp_path):
     assert result["train_loss"]["median"] is None and result["diverged"] == 2
     figures.curves(tmp_path / "curves.png", [lost, risen], math.inf, "test error")
     figures.search(tmp_path / "search.png", [lost, risen])
+    figures.search(tmp_path / "search.png", [lost])  # with nothing to set the axis by
 
 
 def test_an_interruption_keeps_what_was_written(tmp_path, capsys, monkeypatch):
@@ -316,6 +318,21 @@ def test_the_best_setting_has_the_lowest_median_and_what_diverged_is_infinite():
     assert found.final.median.tolist() == [1, 0.2, math.inf]
     assert report.summary(found, 0.2)["diverged"] == 1
     assert outcome_of("sgd", losses[:2], rates[:2]).at_the_edge() == ["learning_rate"]
+
+
+def test_the_median_of_an_even_number_is_the_worse_one():
+    """Higher of losses and errors, lower of accuracies."""
+    losses = [[[3, 1], [3, 2]]]
+    found = outcome_of("sgd", losses, [{}])
+    assert found.end("train_loss").median == 2 and found.end("test_score").median == 1
+    found = dataclasses.replace(found, score_rises=False)
+    assert found.end("test_score").median == 2
+
+
+def test_what_raised_the_loss_sets_no_target():
+    raised = outcome_of("sgd", [[[1, 1e20]]], [{}])
+    assert math.isnan(outcome.target_of([raised])) and raised.reach(math.nan).seeds == 0
+    assert outcome.target_of([raised, outcome_of("adam", [[[3, 2]]], [{}])]) == 2
 
 
 def test_a_target_is_reached_at_the_first_record_below_it():

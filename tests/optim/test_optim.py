@@ -1,6 +1,7 @@
 """The Gauss-Newton family: what theory says of its steps, and optax's contracts."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import fbackprop as fb
+from fbackprop.optim.hessian_free import _best_iterate
 from fbackprop.optim.quadratic import QuadraticModel, part_of
 
 FAMILY = {
@@ -305,7 +307,42 @@ def test_rounding_errors_of_a_fit_do_not_move_the_damping(make, double):
         assert found[20] < 0.9 * found[0]
 
 
+@pytest.mark.parametrize(
+    "make", [fb.optim.levenberg_marquardt, fb.optim.hessian_free], ids=["lm", "hf"]
+)
+def test_damping_finds_its_size_where_curvature_is_small(make):
+    """A damping that is far too large promises less than the loss's rounding error."""
+    x, w = normal(1, 40, 3), jnp.array([1.0, 2.0, 3.0])
+    step = fb.optim.step(lambda p, x: 1e-4 * x @ p, fb.losses.squared_error, make())
+    batch = x, 1e-4 * x @ w
+
+    def one(carry, _):
+        return step(*carry, batch)[:2], None
+
+    params = jnp.zeros(3)
+    (found, _), _ = jax.lax.scan(one, (params, step.init(params, batch)), length=60)
+    np.testing.assert_allclose(found, w, rtol=1e-3)
+
+
+def test_hessian_free_goes_back_from_an_iterate_of_no_loss():
+    iterates = jnp.arange(4.0)
+    search = SimpleNamespace(kept=jnp.array(4), iterates=iterates)
+    losses = jnp.array([5.0, 2.0, 3.0, jnp.nan])
+    _, place = _best_iterate(search, lambda at: losses[at.astype(int)])
+    assert place == 1
+
+
 # --- training -------------------------------------------------------------------------------------
+
+
+def test_weakly_typed_parameters_and_weights_of_any_type_are_compiled_for_once():
+    step = fb.optim.step(lambda p, x: p["a"] * x + p["b"], fb.losses.squared_error, optax.adam(0.1))
+    params = {"a": 0.5, "b": jnp.full(2, 0.1)}
+    state = step.optimizer.init(params)
+    for weights in ([1, 2, 0], [1.0, 0.5, 1.0], np.ones(3, bool)):
+        batch = np.ones((3, 2), np.float32), jnp.ones((3, 2))
+        params, state, _ = step(params, state, batch, weights=weights)
+    assert step.compilations == 1
 
 
 @MEMBERS

@@ -10,6 +10,7 @@ from jax import lax
 from naive import assert_close, compiled
 
 import fbackprop as fb
+from fbackprop.columns import _signed_root
 
 
 @pytest.fixture(autouse=True)
@@ -361,6 +362,67 @@ def test_a_loss_is_separable_by_its_rules():
         lambda w, x: w * x, lambda z, y: jnp.sum(mixing(z)), jnp.ones(3), (jnp.ones((2, 3)),) * 2
     )
     assert_close(swept(case, h=fb.GGNBlock())["h"], jnp.ones((3, 3)))
+
+
+def logistic(z, target):
+    mask, label = target
+    return jnp.sum(mask * (jax.nn.softplus(z) - label * z))
+
+
+@pytest.mark.parametrize(
+    ("loss", "logits", "target"),
+    [
+        (fb.losses.softmax_cross_entropy, jnp.array([0.0, 0.0, -1e9]), jnp.array(1)),
+        (fb.losses.softmax_cross_entropy, jnp.array([0.0, 0.0, -jnp.inf]), jnp.array(1)),
+        (fb.losses.softmax_cross_entropy, jnp.array([800.0, 0.0, 0.0]), jnp.array(0)),
+        (logistic, jnp.zeros(3), (jnp.array([1.0, 1.0, 0.0]), jnp.array([0.0, 1.0, 1.0]))),
+        (lambda z, y: jax.nn.logsumexp(z) - z[y], jnp.zeros(3), jnp.array(2)),  # equal eigenvalues
+        (lambda z, y: jnp.sum((z - y) ** 4), jnp.zeros(3), jnp.zeros(3)),
+    ],
+    ids=["masked", "at -inf", "saturated", "masked logistic", "uniform", "flat"],
+)
+def test_curvature_is_differentiated_where_the_losss_is_singular(loss, logits, target):
+    w = jnp.array([0.3, -0.2, 0.1])
+
+    def model(w, x):
+        return logits + jnp.where(jnp.isfinite(logits), jnp.tanh(w * x) - jnp.tanh(w), 0)
+
+    batch = jax.tree.map(lambda x: x[None], (jnp.array(1.0), target))
+
+    def ours(w):
+        return jnp.sum(fb.sweep(model, loss, d=fb.GGNDiagonal())(w, batch)["d"] * jnp.arange(3.0))
+
+    def dense(w):
+        j = jax.jacfwd(model)(w, 1.0)
+        h = jax.hessian(lambda z: loss(z, target))(model(w, 1.0))
+        return jnp.einsum("ci,cd,di,i->", j, h, j, jnp.arange(3.0))
+
+    assert_close(jax.jit(jax.grad(ours))(w), jax.grad(dense)(w))
+
+
+def test_derivatives_of_a_root_of_an_indefinite_matrix():
+    """Those of what is made of it: the matrix, and its positive part."""
+    basis, _ = jnp.linalg.qr(normal(0, 5, 5))
+    h = (basis * jnp.array([2.0, 0.5, 0.5, -0.5, -3.0])[None]) @ basis.T
+    change = normal(1, 5, 5)
+    change = change + change.T
+
+    def parts(h):
+        rows, signs = _signed_root(h)
+        positive = jnp.where(signs[:, None] > 0, rows, 0)
+        return rows.T @ (signs[:, None] * rows), positive.T @ positive
+
+    def spectral(h, f):
+        values, vectors = np.linalg.eigh(h)
+        return (vectors * f(values)[None]) @ vectors.T
+
+    _, (whole, positive) = jax.jvp(parts, (h,), (change,))
+    assert_close(whole, change)
+    step = 1e-6
+    above, below = (
+        spectral(np.asarray(h + s * change), lambda x: np.maximum(x, 0)) for s in (step, -step)
+    )
+    np.testing.assert_allclose(positive, (above - below) / (2 * step), atol=1e-7)
 
 
 @pytest.mark.slow
