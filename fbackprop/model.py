@@ -131,8 +131,9 @@ def call_model(model: Callable, params, inputs: Sequence, has_key: bool):
     if not has_key:
         return model(params, *inputs)
     *others, key = inputs
-    place = list(inspect.signature(model).parameters).index("key")
-    if place <= len(others) and _key_of(model).kind is not inspect.Parameter.KEYWORD_ONLY:
+    named = list(inspect.signature(model).parameters.values())
+    before = [p for p in named if p.kind is not p.KEYWORD_ONLY][: 1 + len(others)]
+    if any(p.name == "key" for p in before):
         raise TypeError(
             "the model takes its key before its inputs: give a function that takes it after them, "
             "lambda params, x, key: …"
