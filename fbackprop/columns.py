@@ -189,9 +189,25 @@ def labels(samples: int, label: Callable | str | None) -> Labels:
         return Labels(samples)
     try:
         hash(label)
-    except TypeError:  # a module that holds arrays: known by its identity
-        label = functools.partial(label)
+    except TypeError:  # a module that holds arrays
+        label = _Itself(label)
     return Labels(samples, label)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Itself:
+    """A function that is the same as no other: it cannot be hashed by what it holds."""
+
+    function: Callable
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+    def __eq__(self, other):
+        return isinstance(other, _Itself) and self.function is other.function
+
+    def __hash__(self):
+        return id(self.function)
 
 
 # --- roots ----------------------------------------------------------------------------------------
