@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_batching import sequential_vmap
 from jax.scipy.linalg import cho_factor, cho_solve
 
@@ -22,8 +19,6 @@ def floor(n: int, largest) -> jax.Array:
     eps = jnp.finfo(largest.dtype).eps
     return max(n * eps, eps**0.75) * jnp.where(largest > 0, largest, 1)
 
-
-HALVED = 256  # larger factors are inverted by halves
 
 # Under vmap one after the other: batched factorizations that run side by side can exhaust the
 # threads of a CPU client before JAX 0.12, which then waits for ever.
@@ -66,27 +61,6 @@ def inverse(matrices, dampings) -> jax.Array:
 @sequential_vmap
 def _inverse(matrix, damping):
     matrix = wide(matrix)
-    damped = matrix + damping * jnp.eye(len(matrix), dtype=matrix.dtype)
+    eye = jnp.eye(len(matrix), dtype=matrix.dtype)
     # LAPACK reads columns. A symmetric matrix is transposed for it instead of copied.
-    return _inverse_of_factor(lax.linalg.cholesky(damped.T, symmetrize_input=False))
-
-
-def _inverse_of_factor(lower):
-    """(L Lᵀ)⁻¹: of a large L by its halves, since products are faster than substitution."""
-    half = len(lower) // 2
-    if len(lower) <= HALVED:
-        inverse = _inverse_of_triangle(lower)
-        return _product(inverse.T, inverse)
-    x, z = _inverse_of_triangle(lower[:half, :half]), _inverse_of_triangle(lower[half:, half:])
-    y = -_product(z, _product(lower[half:, :half], x))  # L⁻¹ = [[x, 0], [y, z]]
-    beside = _product(y.T, z)
-    first, last = _product(x.T, x) + _product(y.T, y), _product(z.T, z)
-    return jnp.block([[first, beside], [beside.T, last]])
-
-
-def _inverse_of_triangle(lower):
-    eye = jnp.eye(len(lower), dtype=lower.dtype)
-    return lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
-
-
-_product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    return cho_solve(cho_factor((matrix + damping * eye).T, lower=True), eye).T
