@@ -411,7 +411,7 @@ def plot(path: Path, outcomes: Sequence[Outcome]) -> None:
 def _reach(outcomes: Sequence[Outcome]) -> tuple[float, float]:
     """The ends of the axis of accuracy, which has no place for 0 and 1."""
     medians = np.concatenate([outcome.curve("test_accuracy").median for outcome in outcomes])
-    return max(0.05, float(medians.min())), min(0.998, 1 - 0.7 * (1 - float(medians.max())))
+    return max(0.01, float(medians.min())), min(0.998, 1 - 0.7 * (1 - float(medians.max())))
 
 
 def _draw(panel: Any, outcomes: Sequence[Outcome], quantity: str, layer: int | None = None) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fbackprop.program import type_of, value_of
+from fbackprop.program import explicit_axes, type_of, value_of
 
 
 class Examples(NamedTuple):
@@ -75,6 +75,11 @@ def length(trees, weights) -> int:
         if not shape:
             raise ValueError(f"the {name} have no axis of examples: they are a scalar")
         sizes[name] = shape[0]
+        if axes := explicit_axes(leaf):
+            raise ValueError(
+                f"the {name} are sharded over {axes} of an explicit mesh, where a sweep would have "
+                "to say how all is laid out: make the mesh with axis_types=AxisType.Auto"
+            )
         if not isinstance(shape[0], int):
             raise TypeError(
                 f"the {name} are {shape[0]} examples: a sweep is of a batch of known size, and is "

@@ -70,7 +70,7 @@ class Objective:
         losses = jax.vmap(self.loss)(predictions, examples.target)
         return jnp.sum(losses * examples.shares.astype(losses.dtype))
 
-    def value_and_gradient(self):
+    def value_and_gradient(self) -> tuple[jax.Array, Any]:
         """The loss, a scalar, and its gradient, a pytree like the parameters."""
         found = self.sweep(gradient=Gradient())
         return found["loss"], found["gradient"]

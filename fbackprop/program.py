@@ -892,6 +892,17 @@ def sharding_of(aval, axes: Sequence[int | None] | None = None):
     return jax.sharding.NamedSharding(mesh, spec)
 
 
+def explicit_axes(x) -> list[str]:
+    """The axes of an explicit mesh over which an array is spread."""
+    sharding = getattr(type_of(x), "sharding", None)
+    if sharding is None or jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return []
+    parts = getattr(sharding.spec, "partitions", sharding.spec)
+    names = [part if isinstance(part, tuple) else (part,) for part in parts if part is not None]
+    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    return [n for part in names for n in part if kinds[n] is jax.sharding.AxisType.Explicit]
+
+
 def laid_as(ct, aval):
     """A cotangent; on an explicit mesh it is moved to where arrays of this type lie."""
     sharding = aval.sharding

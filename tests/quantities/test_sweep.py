@@ -6,6 +6,9 @@ import naive
 import numpy as np
 import pytest
 import zoo
+from agreement import two_devices
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from naive import assert_close, compiled
 
 import fbackprop as fb
@@ -535,3 +538,58 @@ def test_of_one_class_and_of_no_layers():
 
     none = fb.sweep(model, SQUARED, k=fb.Kronecker())(np.zeros((0, 3, 3)), (X, X))["k"]
     assert fb.KroneckerFactors(none).dense().shape == (0, 0)
+
+
+def test_a_batch_on_an_explicit_mesh_is_refused():
+    mesh = two_devices(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        x = jax.reshard(jnp.ones((4, 3)), P("i", None))
+        with pytest.raises(ValueError, match=r"inputs are sharded over \['i'\] .*AxisType.Auto"):
+            fb.sweep(jnp.dot, fb.losses.squared_error, g=fb.Gradient())(
+                jnp.ones(3), (x, jnp.ones(4))
+            )
+
+
+def test_a_key_before_the_inputs_and_sizes_that_are_no_numbers():
+    sweep = fb.sweep(lambda p, key, x: p @ x, fb.losses.squared_error, g=fb.Gradient())
+    batch = jnp.ones((4, 3)), jnp.ones(4)
+    with pytest.raises(TypeError, match="takes its key before its inputs"):
+        sweep(jnp.ones(3), batch, key=jax.random.key(0))
+    sizes = jax.export.symbolic_shape("b, 3")
+    sweep = fb.sweep(jnp.dot, fb.losses.squared_error, g=fb.Gradient())
+    step = jax.jit(lambda x: sweep(jnp.ones(3), (x, x[:, 0])))
+    with pytest.raises(TypeError, match="inputs are b examples: a sweep is of a batch of known"):
+        jax.export.export(step)(jax.ShapeDtypeStruct(sizes, jnp.float32))
+
+
+def test_a_list_of_weights_may_be_traced():
+    sweep = fb.sweep(jnp.dot, fb.losses.squared_error, g=fb.Gradient())
+    batch = jnp.arange(12.0).reshape(4, 3), jnp.ones(4)
+
+    def gradient(weights):
+        return sweep(jnp.ones(3), batch, weights=weights)["g"]
+
+    weights = [1.0, 0.0, 2.0, 1.0]
+    np.testing.assert_allclose(jax.jit(gradient)(weights), gradient(weights), rtol=1e-6)
+
+
+def test_labels_drawn_by_a_module_of_arrays():
+    """Which cannot be hashed; the quantities that share it share their columns."""
+
+    class Noisy:
+        __hash__ = None
+        scale = 0.5
+
+        def __call__(self, key, z):
+            return z + self.scale * jax.random.normal(key, z.shape)
+
+    label = Noisy()
+    sweep = fb.sweep(
+        lambda p, x: x * p,
+        lambda z, y: jnp.sum((z - y) ** 2),
+        fisher=fb.FisherDiagonal(label=label),
+        same=fb.FisherDiagonal(label=label),
+    )
+    out = sweep(jnp.ones(2), (jnp.ones((4, 2)), jnp.zeros((4, 2))), key=jax.random.key(0))
+    np.testing.assert_array_equal(out["fisher"], out["same"])
+    assert jnp.all(out["fisher"] > 0)
