@@ -86,8 +86,9 @@ def length(trees, weights) -> int:
                 "exported for one"
             )
     if weights is not None:
-        if isinstance(weights, list | tuple) and any(isinstance(w, jax.Array) for w in weights):
-            weights = jnp.asarray(weights)  # traced ones are no NumPy array
+        if isinstance(weights, list | tuple):  # traced ones are no NumPy array
+            traced = any(isinstance(w, jax.Array) for w in weights)
+            weights = (jnp if traced else np).asarray(weights)
         _check_weights(weights)
         sizes["weights"] = jnp.shape(weights)[0]
     if len(set(sizes.values())) > 1:
