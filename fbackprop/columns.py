@@ -272,29 +272,30 @@ def _signed_root(hessian):
     """Rows R and signs σ with ``H = Rᵀ diag(σ) R``: eigenvectors times the roots of |λ|.
 
     Eigenvectors have no derivative where eigenvalues are equal, and roots none at zero; but what is
-    made of all rows depends on the matrix alone. The tangent is one of those that give the matrix,
-    its positive and its negative part theirs.
+    made of all rows depends on the matrix alone. The tangent is one that gives the matrix, and its
+    positive and negative parts, the tangents that they have.
     """
+    return _decomposed(hessian)[:2]
+
+
+def _decomposed(hessian):
     values, vectors = jnp.linalg.eigh(hessian)
-    return _rows_of(values, vectors)
-
-
-def _rows_of(values, vectors):
-    return (vectors * jnp.sqrt(jnp.abs(values))[None]).T, jnp.where(values < 0, -1.0, 1.0).astype(
-        values.dtype
-    )
+    root = jnp.sqrt(jnp.abs(values))
+    signs = jnp.where(values < 0, -1, 1).astype(values.dtype)
+    return root[:, None] * vectors.T, signs, root, vectors
 
 
 @_signed_root.defjvp
 def _signed_root_jvp(primals, tangents):
-    values, vectors = jnp.linalg.eigh(*primals)
-    rows, signs = _rows_of(values, vectors)
-    s, t = (jnp.sqrt(jnp.abs(values)).reshape(shape) for shape in ((-1, 1), (1, -1)))
+    rows, signs, root, vectors = _decomposed(*primals)
+    # With s = √|λ|, dRᵢⱼ = σᵢ dHᵢⱼ / (sᵢ + sⱼ) among eigenvectors of one sign, and else
+    # σᵢ dHᵢⱼ sᵢ / (sᵢ² + sⱼ²): what solves dH = dRᵀσR + RᵀσdR.
+    s, t = root[:, None], root[None]
     same = signs[:, None] == signs[None]
     over, under = jnp.where(same, 1, s), jnp.where(same, s + t, s**2 + t**2)
-    turned = vectors.T @ tangents[0] @ vectors
-    moved = jnp.where(under > 0, over / jnp.where(under > 0, under, 1), 0) * turned
-    return (rows, signs), (signs[:, None] * moved @ vectors.T, jnp.zeros_like(signs))
+    factor = jnp.where(under > 0, over / jnp.where(under > 0, under, 1), 0) * signs[:, None]
+    change = vectors.T @ tangents[0] @ vectors
+    return (rows, signs), (factor * change @ vectors.T, jnp.zeros_like(signs))
 
 
 class _Softmax:

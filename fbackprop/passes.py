@@ -118,13 +118,12 @@ def backward(rules: Rules, program: Program, active: Mask, tape: list, cts: Sequ
         try:
             with eqn.context():
                 leaving = rules.of(eqn).pullback(rules, eqn, mask, kept, arriving)
+                for v, ct in zip(eqn.inputs, leaving, strict=True):
+                    if not isinstance(v, Literal):
+                        add(v, ct)
         except Exception as error:
             _locate(error, eqn)
             raise
-        with eqn.context():  # sums lie on the mesh that the equation was traced on
-            for v, ct in zip(eqn.inputs, leaving, strict=True):
-                if not isinstance(v, Literal):
-                    add(v, ct)
     return [pending.get(v) for v in program.inputs]
 
 

@@ -36,9 +36,9 @@ def reduction_ratio(
     """The loss's reduction over the predicted one; −1 where the loss is not finite.
 
     Where the model promises no more than the loss's rounding error nothing can be told: it is
-    `UNTOLD` if the loss rose by no more. It is 1 where there is too much damping for a promise:
-    where it exceeds the curvature, or where the model promises a rise, as of a step that is not
-    its minimum (of a learning rate and momentum) it may.
+    `UNTOLD` if the loss rose by no more, and 1 if that is for too much damping: where it exceeds
+    the curvature, or where the model promises a rise, as it may of a step that is not its minimum
+    (of a learning rate and momentum).
 
     Args:
       before, after: the loss.
