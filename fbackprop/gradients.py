@@ -140,8 +140,7 @@ class Gradients:
         """
         per_leaf = self._per_leaf(shares)
         if per_leaf is None:
-            shares = self._spread(shares)
-            return self._tree(self._pull([(w, site.total(shares)) for w, site in self.sites], 0))
+            return self._tree(self._pull(self._totals(shares), 0))
         found = []
         for leaf, groups in enumerate(self.groups):
             if groups is None:
@@ -152,6 +151,19 @@ class Gradients:
                 sums = [(placed.weight, placed.site.total(per_leaf[leaf])) for placed in sites]
                 found.append(self._pull(sums, 0)[leaf])
         return self._tree(found)
+
+    def _totals(self, shares) -> list:
+        """The sites' sums; of given shares one after the other, the last weight's first.
+
+        So every site's signals are scaled in their own place, when those after it are no more. Of
+        its own the compiler for CPUs scales all of them first, and has memory for both.
+        """
+        found, given, shares = [], shares is not None, self._spread(shares)
+        for weight, site in sorted(self.sites, key=lambda pair: -pair[0]):
+            found.append((weight, site.total(shares)))
+            if given and site.use is not None:  # a bias has the signals of what it is added to
+                shares = _once_known(shares, found[-1][1])
+        return found
 
     def each(self):
         """The gradients themselves, (N, C, *leaf)."""
@@ -450,6 +462,15 @@ def _unflatten(static, children) -> Gradients:
 
 
 jax.tree_util.register_pytree_node(Gradients, _flatten, _unflatten)
+
+
+def _once_known(x, y):
+    """x, on CPUs not before y is known. (A barrier is gone when the compiler orders products.)"""
+
+    def wait(x, y):
+        return jnp.where(jnp.ravel(y)[:1].real > jnp.inf, 0, x)
+
+    return lax.platform_dependent(x, y, cpu=wait, default=lambda x, y: x) if y.size else x
 
 
 def _sum(leaves: Sequence, shape):

@@ -593,3 +593,18 @@ def test_labels_drawn_by_a_module_of_arrays():
     out = sweep(jnp.ones(2), (jnp.ones((4, 2)), jnp.zeros((4, 2))), key=jax.random.key(0))
     np.testing.assert_array_equal(out["fisher"], out["same"])
     assert jnp.all(out["fisher"] > 0)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the order is the compiler's elsewhere")
+def test_clipping_scales_signals_in_their_own_place():
+    """They are as large as the activations, which a gradient keeps as well."""
+    network = fb.networks.mlp((784, 512, 512, 512, 10))
+    params = network.init(jax.random.key(0))
+    batch = jnp.ones((128, 784)), jnp.arange(128) % 10
+
+    def memory(quantity):
+        sweep = fb.sweep(network.apply, fb.losses.softmax_cross_entropy, q=quantity)
+        compiled = jax.jit(sweep).lower(params, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(fb.ClippedGradient(1.0)) < 1.6 * memory(fb.Gradient())
