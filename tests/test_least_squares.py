@@ -336,6 +336,7 @@ def test_stops_when_the_steps_run_out(steps):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.slow
 def test_a_singular_problem_is_solved_by_the_nearest_minimiser(dtype):
     with jax.enable_x64(True):
         start = jnp.array([100.0, 0.0], dtype)
@@ -360,6 +361,7 @@ def test_null_directions_are_left_alone(noise):
 
 
 @pytest.mark.parametrize("unit", [1e-30, 1e-19, 1.0, 1e19])
+@pytest.mark.slow
 def test_residuals_of_any_unit(unit):
     """Squares of the first and the third underflow in single precision, of the last overflow."""
     x = jnp.linspace(0, 4, 40)

@@ -228,6 +228,7 @@ def test_lstm_remembers_at_first():
     np.testing.assert_array_equal(bias, np.repeat([0.0, 1.0, 0.0, 0.0], 4))
 
 
+@pytest.mark.slow
 def test_transformer_reads_tokens_out_of_range_as_the_nearest():
     network = networks.transformer(200, 3, length=4, width=4, heads=1, layers=1)
     params = network.init(jax.random.key(0))

@@ -67,6 +67,7 @@ OPERATIONS = {
     ),
     st.integers(0, 2**6),
 )
+@pytest.mark.slow
 def test_minimal_among_all_sufficient_sets(steps, chosen):
     def f(x):
         values = [x]

@@ -303,6 +303,7 @@ def weights(key=0):
     ],
     ids=["activation", "both", "weight", "bias", "feedback", "sign"],
 )
+@pytest.mark.slow
 def test_a_sweep_has_the_gradients_of_its_rules(rules, optimized):
     batch = jax.random.normal(jax.random.key(2), (5, 4)), jnp.ones((5, 2))
     sweep = fb.sweep(

@@ -43,6 +43,7 @@ def gauss_newton(case):
     return jnp.einsum("nap,nab,nbq->pq", j, h, j) / len(j)
 
 
+@pytest.mark.slow
 def test_the_dual_operator_of_complex_weights_made_of_real_ones():
     """A layer of Fourier coefficients: what is read along a direction is real."""
 
@@ -57,6 +58,7 @@ def test_the_dual_operator_of_complex_weights_made_of_real_ones():
         naive.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_conjugate_gradients_without_a_solution_are_nan():
     """Where the curvature is singular, for what is not in its range."""
     x = jnp.sin(jnp.arange(12.0)).reshape(3, 4)
@@ -293,6 +295,7 @@ def test_the_dual_solution_without_curvature(damping):
     np.testing.assert_allclose(rows.primal().solve(x[0], damping), x[0] / damping)
 
 
+@pytest.mark.slow
 def test_images_have_the_dtypes_of_what_they_are_of():
     """Factors of data in double precision have it, too."""
     w, x = jnp.ones((3, 2), jnp.float32), jnp.sin(jnp.arange(12.0)).reshape(4, 3)

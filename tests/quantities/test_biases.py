@@ -84,6 +84,7 @@ def test_weights_of_examples_count_in_the_row_too():
     assert_close(pieces.a, mine.a)
 
 
+@pytest.mark.slow
 def test_a_linear_model_has_its_exact_gauss_newton_matrix():
     def model(params, x):
         return x @ params["kernel"] + params["bias"]

@@ -60,6 +60,7 @@ def activations_and_signals(case):
     return x, jax.vmap(columns)(x, y)
 
 
+@pytest.mark.slow
 def test_expand_and_reduce_are_what_they_are_defined_to_be():
     case = one_layer()
     a, b = activations_and_signals(case)
@@ -73,6 +74,7 @@ def test_expand_and_reduce_are_what_they_are_defined_to_be():
     assert_close(block.b[0], jnp.einsum("nco,ncp->op", b.sum(2), b.sum(2)) / n)
 
 
+@pytest.mark.slow
 def test_exact_for_one_example_without_sharing():
     for name in ("mlp", "relu_net"):
         case = zoo.CASES[name](jax.random.key(0))
@@ -280,6 +282,7 @@ def test_labels_and_columns_see_the_whole_prediction():
 # --- the Hessian ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_hessians_diagonal_of_a_piecewise_linear_network():
     case = zoo.CASES["relu_net"](jax.random.key(0))
     assert_close(swept(case, h=fb.HessianDiagonal())["h"], naive.hessian_diagonal(case))
@@ -342,6 +345,7 @@ sine.defvjp(lambda x: (jnp.sin(x), jnp.cos(x)), lambda slope, ct: (slope * ct,))
         ("sign", lambda w, x: x * jnp.sign(jnp.fft.fft(w)).real),
     ],
 )
+@pytest.mark.slow
 def test_functions_count_for_what_their_rules_say(primitive, model):
     """And moduli of complex numbers are curved."""
     batch = (normal(1, 4, 3), normal(2, 4, 3))
@@ -381,6 +385,7 @@ def logistic(z, target):
     ],
     ids=["masked", "at -inf", "saturated", "masked logistic", "uniform", "flat"],
 )
+@pytest.mark.slow
 def test_curvature_is_differentiated_where_the_losss_is_singular(loss, logits, target):
     w = jnp.array([0.3, -0.2, 0.1])
 
@@ -574,6 +579,7 @@ def test_an_example_takes_one_branch(sharing, vectors):
             assert_close(blocks.dense(), found["g"][name])
 
 
+@pytest.mark.slow
 def test_lookups_in_branches():
     def model(p, i):
         return jax.lax.cond(i % 2 == 0, lambda: p["table"][i], lambda: p["other"])
@@ -612,6 +618,7 @@ def test_lookups_in_branches_by_the_extremes_of_their_dtypes(name, index, rows):
 
 
 @pytest.mark.parametrize("vectors", ["block", "diagonal"])
+@pytest.mark.slow
 def test_a_bias_with_axes_of_one_is_a_vector(vectors):
     def model(p, x):
         return jnp.tanh(x[None] + p).sum((1, 2)) * jnp.arange(1.0, 4.0)

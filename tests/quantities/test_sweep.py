@@ -52,6 +52,7 @@ def whole():
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.slow
 def test_pieces_make_the_whole(whole, chunk):
     assert_close(swept(case(), chunk), whole, 1e-12)
 
@@ -596,6 +597,7 @@ def test_labels_drawn_by_a_module_of_arrays():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the order is the compiler's elsewhere")
+@pytest.mark.slow
 def test_clipping_scales_signals_in_their_own_place():
     """They are as large as the activations, which a gradient keeps as well."""
     network = fb.networks.mlp((784, 512, 512, 512, 10))
