@@ -883,7 +883,7 @@ def sharding_of(aval, axes: Sequence[int | None] | None = None):
         mesh, spec = jax.sharding.get_abstract_mesh(), (None,) * aval.ndim
         if jax.sharding.AxisType.Explicit not in mesh.axis_types:
             return None
-    order, parts = range(aval.ndim) if axes is None else axes, getattr(spec, "partitions", spec)
+    order, parts = range(aval.ndim) if axes is None else axes, _partitions(spec)
     kinds = {kind: getattr(spec, kind, None) for kind in ("unreduced", "reduced")}
     spec = jax.sharding.PartitionSpec(
         *(None if i is None else parts[i] for i in order),
@@ -897,10 +897,15 @@ def explicit_axes(x) -> list[str]:
     sharding = getattr(type_of(x), "sharding", None)
     if sharding is None or jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
         return []
-    parts = getattr(sharding.spec, "partitions", sharding.spec)
-    names = [part if isinstance(part, tuple) else (part,) for part in parts if part is not None]
+    parts = [part for part in _partitions(sharding.spec) if part is not None]
+    names = [name for part in parts for name in (part if isinstance(part, tuple) else (part,))]
     kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
-    return [n for part in names for n in part if kinds[n] is jax.sharding.AxisType.Explicit]
+    return [name for name in names if kinds[name] is jax.sharding.AxisType.Explicit]
+
+
+def _partitions(spec) -> tuple:
+    """For each axis the mesh's that it is spread over: a spec with sums to make is no tuple."""
+    return getattr(spec, "partitions", spec)
 
 
 def laid_as(ct, aval):
