@@ -39,6 +39,7 @@ from fbackprop.site_rules import row_added
 from fbackprop.sites import form
 from fbackprop.table import Rules
 from fbackprop.views import Origin, View, memory, origins, share
+from fbackprop.waiting import once_known
 
 
 class Gradients:
@@ -162,7 +163,7 @@ class Gradients:
         for weight, site in sorted(self.sites, key=lambda pair: -pair[0]):
             found.append((weight, site.total(shares)))
             if given and site.use is not None:  # a bias has the signals of what it is added to
-                shares = _once_known(shares, found[-1][1])
+                shares = once_known(shares, found[-1][1])
         return found
 
     def each(self):
@@ -462,15 +463,6 @@ def _unflatten(static, children) -> Gradients:
 
 
 jax.tree_util.register_pytree_node(Gradients, _flatten, _unflatten)
-
-
-def _once_known(x, y):
-    """x, on CPUs not before y is known. (A barrier is gone when the compiler orders products.)"""
-
-    def wait(x, y):
-        return jnp.where(jnp.ravel(y)[:1].real > jnp.inf, 0, x)
-
-    return lax.platform_dependent(x, y, cpu=wait, default=lambda x, y: x) if y.size else x
 
 
 def _sum(leaves: Sequence, shape):

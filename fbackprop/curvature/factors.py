@@ -23,6 +23,7 @@ from fbackprop.kronecker import (
     diagonal_of,
     matrices_of,
 )
+from fbackprop.waiting import once_known
 
 _ALTERNATIONS = 20  # of a least-squares fit that converges geometrically
 
@@ -158,9 +159,16 @@ class KroneckerFactors(_Blocks):
         check_not_negative(damping)
         merged = self.merged()
         factors = iter(merged._factors())
-        return KroneckerFactors(
-            merged._each(lambda block: _inverse(block, next(factors), next(factors), damping))
-        )
+
+        # One after the other: LAPACK uses all of a CPU's cores for each, and two calls at once take
+        # longer than one after the other.
+        def of_block(block):
+            nonlocal damping
+            found = _inverse(block, next(factors), next(factors), damping)
+            damping = once_known(damping, found.b)
+            return found
+
+        return KroneckerFactors(merged._each(of_block))
 
     def _traces(self):
         traces = iter([f.size * f.mean for f in self._factors()])
@@ -309,7 +317,9 @@ def _inverse(block: KroneckerBlock, a: _Factor, b: _Factor, damping) -> Kronecke
     both = (a.mean > 0) & (b.mean > 0)
     pi = jnp.sqrt(jnp.where(both, a.mean, 1) / jnp.where(both, b.mean, 1))
     root = jnp.sqrt(damping)
-    return dataclasses.replace(block, a=a.inverse(pi * root), b=b.inverse(root / pi))
+    inverse_a = a.inverse(pi * root)
+    inverse_b = b.inverse(once_known(root / pi, inverse_a))
+    return dataclasses.replace(block, a=inverse_a, b=inverse_b)
 
 
 def _eigen(block: KroneckerBlock) -> EigenBlock:
