@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.scipy.sparse.linalg import cg
+from jax.typing import ArrayLike
 
 from fbackprop.program import value_of
 
@@ -36,18 +37,18 @@ class Curvature:
 
     space: Any
 
-    def matvec(self, tree) -> Any:
+    def matvec(self, tree: Any) -> Any:
         """A v, for a pytree v like the parameters."""
         raise NotImplementedError
 
-    def solve(self, tree, damping=0.0) -> Any:
+    def solve(self, tree: Any, damping: ArrayLike = 0.0) -> Any:
         """(A + damping I)⁻¹ v, for a damping not below zero.
 
         By conjugate gradients, unless a subclass solves exactly; A is positive semi-definite.
         """
         return conjugate_gradients(self, tree, damping)
 
-    def quadratic(self, tree) -> jax.Array:
+    def quadratic(self, tree: Any) -> jax.Array:
         """vᵀ A v, a scalar."""
         wide = self.space.wide
         return optax.tree.vdot(wide(tree), wide(self.matvec(tree)))
@@ -69,7 +70,7 @@ class Curvature:
 
         return space.unravel(jax.lax.map(entry, places))
 
-    def trace(self, key=None, samples: int = 100) -> jax.Array:
+    def trace(self, key: jax.Array | None = None, samples: int = 100) -> jax.Array:
         """The trace, a scalar: exact, or with a key estimated by products with random vectors.
 
         Args:
@@ -160,13 +161,13 @@ class Sum(Curvature):
     def space(self):
         return self.terms[0].space
 
-    def matvec(self, tree):
+    def matvec(self, tree: Any) -> Any:
         return self._sum(lambda term: term.matvec(tree))
 
-    def diagonal(self):
+    def diagonal(self) -> Any:
         return self._sum(lambda term: term.diagonal())
 
-    def dense(self):
+    def dense(self) -> jax.Array:
         return self._sum(lambda term: term.dense())
 
     def _sum(self, part: Callable):
@@ -188,10 +189,10 @@ class Scaled(Curvature):
     def space(self):
         return self.operator.space
 
-    def matvec(self, tree):
+    def matvec(self, tree: Any) -> Any:
         return optax.tree.scale(self.factor, self.operator.matvec(tree))
 
-    def solve(self, tree, damping=0.0):
+    def solve(self, tree: Any, damping: ArrayLike = 0.0) -> Any:
         """(A + damping I)⁻¹ v; of the operator zero, 0 without damping."""
         check_not_negative(damping)
         known = value_of(self.factor)
@@ -206,8 +207,8 @@ class Scaled(Curvature):
         without = _times(jnp.where(alone > 0, 1 / jnp.where(alone > 0, alone, 1), 0), tree)
         return jax.tree.map(lambda x, y: jnp.where(is_zero, y, x), solved, without)
 
-    def diagonal(self):
+    def diagonal(self) -> Any:
         return optax.tree.scale(self.factor, self.operator.diagonal())
 
-    def dense(self):
+    def dense(self) -> jax.Array:
         return self.factor * self.operator.dense()

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import block_diag
+from jax.typing import ArrayLike
 
 from fbackprop.curvature import cholesky
 from fbackprop.curvature.base import Curvature, check_not_negative
@@ -27,10 +28,10 @@ class Dense(Curvature):
     matrix: Any
     space: Space = dataclasses.field(metadata={"static": True})
 
-    def matvec(self, tree):
+    def matvec(self, tree: Any) -> Any:
         return self.space.unravel(self.matrix @ self.space.ravel(tree))
 
-    def solve(self, tree, damping=0.0):
+    def solve(self, tree: Any, damping: ArrayLike = 0.0) -> Any:
         """(A + damping I)⁻¹ v by a Cholesky factor.
 
         The damping is raised to max(P · ε, ε^¾) times the largest diagonal element.
@@ -39,10 +40,10 @@ class Dense(Curvature):
         factored = cholesky.factor(self.matrix, damping)
         return self.space.unravel(cholesky.solve(factored, self.space.ravel(tree)))
 
-    def diagonal(self):
+    def diagonal(self) -> Any:
         return self.space.unravel(jnp.diagonal(self.matrix))
 
-    def dense(self):
+    def dense(self) -> jax.Array:
         return self.matrix
 
 
@@ -69,18 +70,18 @@ class BlockDiagonal(Curvature):
         shaped = [x.reshape(s) for x, s in zip(found, self.space.shapes, strict=True)]
         return self.space.structure.unflatten(shaped)
 
-    def matvec(self, tree):
+    def matvec(self, tree: Any) -> Any:
         return self._each(lambda block, v: block @ v, tree)
 
-    def solve(self, tree, damping=0.0):
+    def solve(self, tree: Any, damping: ArrayLike = 0.0) -> Any:
         """As of `Dense`, leaf by leaf."""
         check_not_negative(damping)
         return self._each(
             lambda b, v: cholesky.solve(cholesky.factor(b, damping), v).astype(v.dtype), tree
         )
 
-    def diagonal(self):
+    def diagonal(self) -> Any:
         return self._each(lambda block, _: jnp.diagonal(block))
 
-    def dense(self):
+    def dense(self) -> jax.Array:
         return block_diag(*jax.tree.leaves(self.blocks))

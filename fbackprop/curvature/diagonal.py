@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from fbackprop.curvature.base import Curvature, check_not_negative
 from fbackprop.curvature.space import Space
@@ -32,11 +33,11 @@ class Diagonal(Curvature):
     def space(self):
         return Space.of(self.values)
 
-    def matvec(self, tree):
+    def matvec(self, tree: Any) -> Any:
         self.space.check(tree)
         return jax.tree.map(jnp.multiply, self.values, tree)
 
-    def solve(self, tree, damping=0.0):
+    def solve(self, tree: Any, damping: ArrayLike = 0.0) -> Any:
         """v / (values + damping); 0 where that is 0 / 0, as the pseudo-inverse has it."""
         check_not_negative(damping)
         self.space.check(tree)
@@ -47,8 +48,8 @@ class Diagonal(Curvature):
 
         return jax.tree.map(divided, self.values, tree)
 
-    def diagonal(self):
+    def diagonal(self) -> Any:
         return self.values
 
-    def dense(self):
+    def dense(self) -> jax.Array:
         return jnp.diag(self.space.ravel(self.values))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from fbackprop.columns import HessianRoot
 from fbackprop.curvature import cholesky
@@ -69,13 +71,13 @@ class DualGaussNewton(Curvature):
         gram = self.rows.dots() * roots[:, :, None, None] * roots[None, None]
         return gram.reshape(roots.size, roots.size)
 
-    def matvec(self, tree):
+    def matvec(self, tree: Any) -> Any:
         return self.back(self.across(tree))
 
     def quadratic(self, tree):
         return jnp.sum(self.across(tree) ** 2)
 
-    def solve(self, tree, damping=0.0):
+    def solve(self, tree: Any, damping: ArrayLike = 0.0) -> Any:
         r"""$(S^T S + \lambda I)^{-1} v$ by a Cholesky factor of the Gram matrix.
 
         $$x = \bigl(v - S^T (S S^T + \lambda I)^{-1} S v\bigr) / \lambda$$
@@ -110,14 +112,14 @@ class DualGaussNewton(Curvature):
             x = optax.tree.add(x, solved(left))
         return self.space.cast(x)
 
-    def diagonal(self):
+    def diagonal(self) -> Any:
         return self.rows.squares(self._roots**2)
 
-    def trace(self, key=None, samples: int = 100):
+    def trace(self, key: jax.Array | None = None, samples: int = 100) -> jax.Array:
         """The exact trace, a scalar, of the rows' norms."""
         return jnp.sum(self._roots**2 * self.rows.norms())
 
-    def dense(self):
+    def dense(self) -> jax.Array:
         return self.primal().matrix
 
     def primal(self) -> Dense:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from fbackprop.curvature import cholesky
 from fbackprop.curvature.base import Curvature, check_not_negative, conjugate_gradients
@@ -78,24 +79,24 @@ class _Blocks(Curvature):
         leaves = self.space.check(tree)
         return [block.arrange(k, leaves) for k, block in self._all]
 
-    def matvec(self, tree):
+    def matvec(self, tree: Any) -> Any:
         pairs = zip(self._all, self._arranged(tree), strict=True)
         found = self._restored([block.times(x) for (_, block), x in pairs])
         return jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), found, tree)
 
-    def diagonal(self):
+    def diagonal(self) -> Any:
         return self._restored([block.diagonal() for _, block in self._all])
 
     def _traces(self) -> list[jax.Array]:
         """Those of the blocks, scalars."""
         raise NotImplementedError
 
-    def trace(self, key=None, samples: int = 100):
+    def trace(self, key: jax.Array | None = None, samples: int = 100) -> jax.Array:
         if key is not None:
             return super().trace(key, samples)
         return sum(self._traces(), jnp.zeros((), self.space.dtype))
 
-    def dense(self):
+    def dense(self) -> jax.Array:
         sizes = self.space.sizes
         starts, total = np.cumsum([0, *sizes]), sum(sizes)
         found = jnp.zeros((total, total), self.space.dtype)
@@ -119,7 +120,7 @@ class KroneckerFactors(_Blocks):
 
     blocks: Any
 
-    def solve(self, tree, damping=0.0):
+    def solve(self, tree: Any, damping: ArrayLike = 0.0) -> Any:
         """(A + damping I)⁻¹ v, exactly: by eigenvectors, or by conjugate gradients.
 
         The latter where uses of a weight of different kinds have blocks that overlap. Eigenvalues
@@ -201,7 +202,7 @@ class EigenFactors(_Blocks):
 
     blocks: Any
 
-    def solve(self, tree, damping=0.0):
+    def solve(self, tree: Any, damping: ArrayLike = 0.0) -> Any:
         """(A + damping I)⁻¹ v, exactly; 0 along undamped values that are not greater than zero."""
         check_not_negative(damping)
 

@@ -7,13 +7,14 @@ map of tangents. Both read the one tape, and no product computes anything of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
 from fbackprop.columns import Example, hessian_map
 from fbackprop.curvature.base import Curvature, conjugate_gradients
@@ -42,7 +43,14 @@ class _Products(Curvature):
     def space(self):
         return Space.of(self.objective.params)
 
-    def solve(self, tree, damping=0.0, *, tolerance=1e-6, max_iterations: int | None = None):
+    def solve(
+        self,
+        tree: Any,
+        damping: ArrayLike = 0.0,
+        *,
+        tolerance: float = 1e-6,
+        max_iterations: int | None = None,
+    ) -> Any:
         """(A + damping I)⁻¹ v by conjugate gradients.
 
         Args:
@@ -109,7 +117,7 @@ class GaussNewton(_Products):
         """J v, the change of every example's prediction: its leaves, with leading axes N."""
         return self._pushforward(self.space.cast(tree))[0]
 
-    def matvec(self, tree):
+    def matvec(self, tree: Any) -> Any:
         found = self._pullback(self._curved(self.pushforward(tree)))[0]
         return jax.tree.map(self._zero_if_fixed, found, self.objective.params)
 
@@ -139,7 +147,7 @@ class GaussNewton(_Products):
 
         return jax.vmap(of_one)(self._hessians, change)
 
-    def diagonal(self):
+    def diagonal(self) -> Any:
         """The exact diagonal, by a sweep."""
         return self.objective.sweep(rows=GGNRows())["rows"].diagonal()
 
@@ -187,7 +195,7 @@ class Hessian(_Products):
 
         _, self._pullback, self.value = vjp(slope, _moving(leaves), has_aux=True)
 
-    def matvec(self, tree):
+    def matvec(self, tree: Any) -> Any:
         leaves, structure = jax.tree.flatten(self.space.cast(tree))
         (images,) = self._pullback(_moving(leaves))
         return structure.unflatten(_replaced(map(jnp.zeros_like, leaves), images))

@@ -1,4 +1,4 @@
-"""KFAC's and EKFAC's states: what they keep out, and what they are made of."""
+"""KFAC and EKFAC: their steps by theory, what their states are made of and keep out."""
 
 import pickle
 
@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family import examples, linear, normal, one_step, perceptron, perceptron_params
+from jax.flatten_util import ravel_pytree
 
 import fbackprop as fb
 
@@ -85,3 +87,64 @@ def test_examples_of_weight_zero_are_none(options):
         *its, _ = step(*its, padded, weights=weights)
     assert jnp.allclose(mine[0], its[0], atol=1e-4)
     assert jnp.allclose(mine[1].damping, its[1].damping, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [fb.optim.kfac, fb.optim.ekfac])
+def test_kfac_is_the_natural_gradient_of_a_linear_layer(make):
+    """With squared error its block is exactly A ⊗ I; damping that is tiny beside it."""
+    with jax.enable_x64(True):
+        params, batch = normal(0, 4, 2), (normal(1, 10, 4), normal(2, 10, 2))
+        optimizer = make(1.0, 1e-14, curvature=fb.Kronecker(), adaptive=False)
+        found, _, _ = one_step(optimizer, linear, fb.losses.squared_error, params, batch)
+        exact = fb.optim.gauss_newton(damping=0.0)
+        expected, _, _ = one_step(exact, linear, fb.losses.squared_error, params, batch)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_kfac_is_the_natural_gradient_of_a_linear_layer_with_a_bias():
+    with jax.enable_x64(True):
+        params = {"w": np.ones((3, 2)), "b": np.zeros(2)}
+        rng = np.random.default_rng(0)
+        batch = rng.normal(size=(16, 3)), rng.normal(size=(16, 2))
+
+        def model(params, x):
+            return x @ params["w"] + params["b"]
+
+        exact = fb.Kronecker(vectors="joint")
+        kfac = fb.optim.kfac(1.0, damping=1e-16, momentum=0.0, adaptive=False, curvature=exact)
+        after, _, _ = one_step(kfac, model, fb.losses.squared_error, params, batch)
+        inputs = np.concatenate([batch[0], np.ones((16, 1))], axis=1)
+        best = np.linalg.lstsq(inputs, batch[1])[0]
+        np.testing.assert_allclose(np.concatenate([after["w"], after["b"][None]]), best, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_kfac_averages_over_a_number_of_examples():
+    n = 1280
+    batch = normal(3, n, 3), normal(4, n, 2)
+
+    def factors(**options):
+        optimizer = fb.optim.kfac(1e-2, every=1, **options)
+        step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
+        params = perceptron_params()
+        state = optimizer.init(params)
+        for _ in range(4):
+            params, state, _ = step(params, state, batch)
+        return ravel_pytree(state.factors)[0]
+
+    np.testing.assert_array_equal(factors(), factors(decay=0.5))  # 1 − 1280 / 2560
+    assert not np.allclose(factors(), factors(decay=0.9), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_factors_are_renewed_in_the_first_five_steps_and_then_now_and_then():
+    optimizer = fb.optim.kfac(every=8)
+    step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)
+    params, batch = perceptron_params(), examples()
+    state, renewed = step.init(params, batch), []
+    for k in range(10):
+        before = ravel_pytree((state.factors, state.solver))[0]
+        params, state, _ = step(params, state, batch)
+        if jnp.any(before != ravel_pytree((state.factors, state.solver))[0]):
+            renewed.append(k)
+    assert renewed == [0, 1, 2, 3, 4, 8]
