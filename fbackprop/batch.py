@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from fbackprop.columns import Example, is_count
+from fbackprop.columns import Example, hashable, is_count
 from fbackprop.examples import Examples, examples_of, length, total_weight
 from fbackprop.gradients import Gradients
 from fbackprop.model import Tapped, check_params, needs_key, takes_key, tapped_model
@@ -104,12 +105,13 @@ def sweep(
         tapped = tapped_model(model, params, examples.inputs, table, has_key, names, changes)
         total = 1.0 if reduction == "mean" else total_weight(weights, len(examples.shares))
         even = 1 / len(examples.shares) if weights is None else None
-        task = _Task(tapped, loss, quantities, params, total, even, set())
-        others = {
-            name: examples_of(q.other[:2], q.other[2:], None, key, has_key, like=examples.inputs)
-            for name, q in quantities.items()
-            if q.other is not None
-        }
+        kinds = {name: hashable(q.columns) for name, q in quantities.items()}
+        task = _Task(tapped, loss, quantities, kinds, params, total, even, set())
+        others = {}
+        for name, q in quantities.items():
+            if q.other is not None:
+                second, more = _second_batch(name, q.other)
+                others[name] = examples_of(second, more, None, key, has_key, like=examples.inputs)
         return task.run(examples, others, chunk)
 
     return run
@@ -125,12 +127,19 @@ def sites_of(model: Callable, params, inputs: tuple) -> Gradients:
         return jax.tree.map(lambda z: z[None], example.of_moving().prediction), None
 
     tapped = tapped_model(model, params, inputs, DEFAULT, has_key)
-    task = _Task(tapped, lambda prediction, target: 0.0, {}, params, 1.0, 1 / n, set())
+    task = _Task(tapped, lambda prediction, target: 0.0, {}, {}, params, 1.0, 1 / n, set())
     _, (swept,) = task.sweep(Examples(inputs, None, None, jnp.ones(n) / n), [column])
     return task.gradients(swept, column)
 
 
 # --- the sweep ------------------------------------------------------------------------------------
+
+
+def _second_batch(name: str, other) -> tuple:
+    """The batch and the further inputs of a quantity's `other`."""
+    if not isinstance(other, tuple | list) or len(other) < 2:
+        raise ValueError(f"{name}: other must be a tuple, the inputs and targets of a second batch")
+    return other[:2], other[2:]
 
 
 def _leaves(params) -> list:
@@ -161,6 +170,7 @@ class _Task(NamedTuple):
 
     Attributes:
       tapped, loss, quantities, params: as their names say.
+      kinds: of each quantity its columns.
       scale: what the batch's loss is, as a multiple of the mean.
       even: each example's share in the mean if all have the same, else None.
       signed: the kinds of columns of which some have a negative sign, noted while tracing.
@@ -169,6 +179,7 @@ class _Task(NamedTuple):
     tapped: Tapped
     loss: Callable
     quantities: Mapping[str, Quantity]
+    kinds: Mapping[str, Callable]
     params: Any
     scale: Any
     even: float | None
@@ -187,24 +198,30 @@ class _Task(NamedTuple):
         for name, quantity in self.quantities.items():
             x = found[name]
             if quantity.over == "pairs":
-                gradients = self.gradients(x, quantity.columns)
+                kind = self.kinds[name]
+                gradients = self.gradients(x, kind)
                 if name in others:
-                    (swept,) = self.sweep(others[name], [quantity.columns])[1]
-                    gradients.second = self.gradients(swept, quantity.columns)
+                    (swept,) = self.sweep(others[name], [kind])[1]
+                    gradients.second = self.gradients(swept, kind)
                 x = quantity.extract(gradients)
+                _check_arrays(name, x)
             found[name] = quantity.finish(quantity.scaled(x, self.scale))
         return found
 
     def _piece(self, examples: Examples) -> dict:
         """The loss and what each quantity extracts from these examples."""
-        kinds = list(dict.fromkeys(q.columns for q in self.quantities.values()))
+        kinds = list(dict.fromkeys(self.kinds.values()))
         losses, found_of_kinds = self.sweep(examples, kinds)
         swept = dict(zip(kinds, found_of_kinds, strict=True))
         gradients = {kind: self.gradients(s, kind) for kind, s in swept.items()}
         found = {"loss": jnp.sum(losses * examples.shares.astype(losses.dtype))}
         for name, q in self.quantities.items():
-            whole_batch = q.over == "pairs"
-            found[name] = swept[q.columns] if whole_batch else q.extract(gradients[q.columns])
+            kind = self.kinds[name]
+            if q.over == "pairs":
+                found[name] = swept[kind]
+                continue
+            found[name] = q.extract(gradients[kind])
+            _check_arrays(name, found[name])
             if q.over == "examples":
                 _check_rows(name, found[name], len(losses))
         return found
@@ -334,6 +351,15 @@ def _checked(columns, prediction) -> tuple[list, Any]:
         )
     pairs = zip(leaves, moving, strict=True)
     return [jnp.asarray(x).astype(z.dtype) for x, z in pairs], signs
+
+
+def _check_arrays(name: str, found) -> None:
+    for x in jax.tree.leaves(found):
+        if not isinstance(x, jax.Array | np.ndarray | np.generic | float | int | complex):
+            raise TypeError(
+                f"{name}: a quantity extracts a pytree of arrays, but there is a "
+                f"{type(x).__name__} in it"
+            )
 
 
 def _check_rows(name: str, found, n: int) -> None:

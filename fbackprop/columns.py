@@ -187,11 +187,16 @@ def labels(samples: int, label: Callable | str | None) -> Labels:
         raise ValueError(f'label={label!r}: give "model", or a function that draws a label')
     if not callable(label):
         return Labels(samples)
+    return Labels(samples, hashable(label))
+
+
+def hashable(function: Callable) -> Callable:
+    """The function; one that cannot be hashed, a module that holds arrays, by its identity."""
     try:
-        hash(label)
-    except TypeError:  # a module that holds arrays
-        label = _Itself(label)
-    return Labels(samples, label)
+        hash(function)
+    except TypeError:
+        return _Itself(function)
+    return function
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

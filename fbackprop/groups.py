@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fbackprop.program import known_length
 from fbackprop.sites import (
     Dense,
     Layout,
@@ -104,11 +105,11 @@ class Group:
         """⟨·, ·⟩ with the gradients of the same group in other examples, (n, c, m, d)."""
         pairs = list(itertools.product(self.members, other.members))
         compared = sum(
-            math.prod((*p.site.b.shape[:4], *q.site.b.shape[:3]))
+            _product((*p.site.b.shape[:4], *q.site.b.shape[:3]))
             for p, q in pairs
-            if p.site.places > 1 or p.site.is_lookup
+            if known_length(p.site.places) > 1 or p.site.is_lookup
         )
-        formed = math.prod((*self._shape, *self.layout.sizes))
+        formed = _product((*self._shape, *self.layout.sizes))
         if compared > formed:
             return formed_dots(self.each(), other.each())
         total: Any = 0.0
@@ -129,7 +130,8 @@ class Group:
         """
         n, c = self._shape
         shares = jnp.ones((n, c)) if shares is None else shares
-        held = max(c * math.prod(self.layout.sizes), *(p.site.activations for p in self.members))
+        activations = (known_length(p.site.activations) for p in self.members)
+        held = max(c * _product(self.layout.sizes), *activations)
         size = _divisor(n, max(BLOCK // max(held, 1), 1))
 
         def block(first):
@@ -161,7 +163,7 @@ class Group:
         for p, q in itertools.product(self.members, self.members):
             g, i, o = p.site.layout.sizes
             compared = o + (1 if p.site.is_lookup and q.site.is_lookup else i)
-            total += p.site.places * q.site.places * g * compared
+            total += _product((p.site.places, q.site.places, g, compared))
         return total
 
     @property
@@ -197,7 +199,12 @@ def _exchanged(sizes):
 
 def cost_of_forming(site: Site) -> float:
     """Multiplications per example and column to form a gradient and square it."""
-    return math.prod(site.layout.sizes) * (2 + (1 if site.is_lookup else site.places))
+    places = 1 if site.is_lookup else known_length(site.places)
+    return _product(site.layout.sizes) * (2 + places)
+
+
+def _product(lengths: Sequence) -> int:
+    return math.prod(map(known_length, lengths))
 
 
 def _divisor(n: int, most: int) -> int:

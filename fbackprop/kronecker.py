@@ -44,7 +44,7 @@ class Place(NamedTuple):
         return found
 
     @property
-    def _is_all(self) -> bool:
+    def is_all(self) -> bool:
         """Whether the weight is the whole leaf, perhaps with its axes in another order."""
         return self.offset == 0 and math.prod(self.shape) == self.size and min(self.strides) > 0
 
@@ -59,14 +59,14 @@ class Place(NamedTuple):
         flat = leaf.reshape(-1)
         if not self.shape:
             return flat[self.offset]
-        if not self._is_all:
+        if not self.is_all:
             return flat[self.indices()]
         order = self._order
         return flat.reshape([self.shape[k] for k in order]).transpose(np.argsort(order))
 
     def put(self, weight):
         """The leaf, zero where the weight is not."""
-        if self.shape and self._is_all:
+        if self.shape and self.is_all:
             return weight.transpose(self._order).reshape(self.leaf)
         flat = jnp.zeros(self.size, weight.dtype).at[self.indices()].set(weight)
         return flat.reshape(self.leaf)
@@ -268,8 +268,14 @@ def is_vector(shape: Sequence[int]) -> bool:
     return sum(size > 1 for size in shape) < 2
 
 
-def block_without_activations(each, view, start, depth: int, shares, counts) -> KroneckerBlock:
-    """The block of a weight without activations: its rows share a factor, save those of a stack."""
+def block_without_activations(
+    each, view, start, depth: int, shares, counts, alone: bool = True
+) -> KroneckerBlock:
+    """The block of a weight without activations: its rows share a factor, save those of a stack.
+
+    Some rows of a leaf that has no other block have a block of the leaf, in which the other rows'
+    diagonal is zero: so the blocks are of one kind however many rows a sequence takes.
+    """
     shape = each.shape[2 + depth :]
     stack, rows, last = math.prod(each.shape[2 : 2 + depth]), 1, math.prod(shape)
     if not is_vector(shape):
@@ -277,8 +283,16 @@ def block_without_activations(each, view, start, depth: int, shares, counts) -> 
     x = wide(each).reshape(*each.shape[:2], stack, rows, last).swapaxes(2, 3)
     mean = jnp.sum(jnp.broadcast_to(shares, len(each)))  # over all pieces of a batch it is one
     a = jnp.full((stack, rows), mean / rows, x.dtype)
+    if alone and depth == 0 and rows > 1 and _are_rows(view, start):
+        first, view, rows = place_of(view, start).offset // last, start, start.size // last
+        a = jnp.zeros((1, rows), x.dtype).at[:, first : first + a.size].set(a)
     layout = Layout(view.shape, (stack, rows, last), ((0,), (1,), (2,)))
     return KroneckerBlock(a, _outer(Dense(x), counts), layout, place_of(view, start))
+
+
+def _are_rows(view: np.ndarray, leaf: np.ndarray) -> bool:
+    """Whether a view has neighbours along the leaf's first axis, whole."""
+    return view.shape[1:] == leaf.shape[1:] and view.strides == leaf.strides
 
 
 def place_of(view: np.ndarray, leaf: np.ndarray) -> Place:
@@ -287,11 +301,16 @@ def place_of(view: np.ndarray, leaf: np.ndarray) -> Place:
     return Place(offset, view.shape, view.strides, leaf.shape)
 
 
-def diagonal_block(values, view: np.ndarray, start: np.ndarray, shares=1.0) -> KroneckerBlock:
+def diagonal_block(
+    values, view: np.ndarray, start: np.ndarray, shares=1.0, alone: bool = False
+) -> KroneckerBlock:
     """A diagonal block, from its values: of the shape of the weight, a view of the leaf `start`.
 
-    The shares are those of the examples in the whole batch, if the values are of a piece of it.
+    The shares are those of the examples in the whole batch, if the values are of a piece of it. Of
+    a leaf that has no other block, `alone`, it is of the whole: zero where the weight is not.
     """
+    if alone:
+        values, view = place_of(view, start).put(values), start
     layout = Layout(view.shape, (1, view.size, 1), ((0,), (1,), (2,)))
     one = jnp.sum(jnp.asarray(shares, values.dtype)).reshape(1, 1, 1)  # over all pieces
     return KroneckerBlock(values.reshape(1, view.size), one, layout, place_of(view, start))

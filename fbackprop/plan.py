@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
-from fbackprop.program import Equation, Program, Var, bodies, program_of
+from fbackprop.program import Equation, Program, Var, bodies, known_length, program_of
 
 # Primitives that cost about as much as reading their operands.
 CHEAP = frozenset(
@@ -64,9 +64,7 @@ def _saves(decision) -> bool:
 
 
 def nbytes(v: Var) -> int:
-    """Of an axis of symbolic length, as `jax.export` has them, as of a thousand."""
-    lengths = (n if isinstance(n, int) else 1000 for n in v.aval.shape)
-    return math.prod(lengths) * getattr(v.aval.dtype, "itemsize", 4)
+    return math.prod(map(known_length, v.aval.shape)) * getattr(v.aval.dtype, "itemsize", 4)
 
 
 def choose(

@@ -260,8 +260,11 @@ def program_of(jaxpr) -> Program:
     program = _programs.get(jaxpr)
     if program is None:
         inner = getattr(jaxpr, "jaxpr", jaxpr)
-        constants = zip(inner.constvars, getattr(jaxpr, "consts", ()), strict=True)
-        program = Program(inner.invars, constants, map(_equation, inner.eqns), inner.outvars)
+        inputs, constants = inner.invars, getattr(jaxpr, "consts", None)
+        if constants is None:  # an open one, whose constants are given to it as other inputs are
+            inputs, constants = [*inner.constvars, *inputs], ()
+        constants = zip(inner.constvars if constants else (), constants, strict=True)
+        program = Program(inputs, constants, map(_equation, inner.eqns), inner.outvars)
         _programs[jaxpr] = program
     return program
 
@@ -935,6 +938,11 @@ def as_array(x) -> jax.Array:
     """
     type_of(x)  # a plain error for strings and other objects
     return x if isinstance(x, jax.Array) else jax.numpy.asarray(x)
+
+
+def known_length(n) -> int:
+    """A length; of a symbolic one, as `jax.export` has them, a thousand: to compare costs."""
+    return n if isinstance(n, int) else 1000
 
 
 # --- parameters of control-flow and custom-rule equations ---------------------------------------

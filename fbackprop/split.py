@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 
 from fbackprop import passes
+from fbackprop.passes import activity
 from fbackprop.plan import choose, recomputable, steps_between
 from fbackprop.program import (
     Equation,
@@ -53,7 +54,8 @@ class Split:
       rules: the rules in force.
       program: what to cut.
       active: which inputs are differentiated.
-      free_inputs: which inputs the backward half can have at no cost.
+      free_inputs: which inputs the backward half can have at no cost. In a linear program no
+        active one is: it is a tangent, which the forward half has not.
       free_outputs: likewise outputs.
       invariant_inputs: which inputs are the same at each of many runs (constants of a loop);
         what depends on them alone is computed again once, outside the loop.
@@ -87,6 +89,10 @@ class Split:
         recompute: Callable[[Equation], bool] | None = None,
     ):
         self.rules, self.program, self.active = rules, program, active
+        if rules.linear:
+            free_inputs = _except(free_inputs, active)
+            free_outputs = _except(free_outputs, activity(program, rules, active).outputs)
+            invariant_inputs = invariant_inputs and _except(invariant_inputs, active)
         computed_outputs = computed_outputs or (True,) * len(program.outputs)
         traced = self._trace_forward(computed_outputs, unknown_inputs)
         body = program_of(traced)
@@ -106,7 +112,10 @@ class Split:
             if f and isinstance(v, Var):
                 places[v] = ("output", i)
         wanted = [v for v in self._leaves if isinstance(v, Var)]
-        self.kept = choose(body, wanted, places, recompute or recomputable(rules.policy, body))
+        recompute = recompute or recomputable(rules.policy, body)
+        if rules.linear:
+            recompute = _without_tangents(recompute, activity(body, rules, active))
+        self.kept = choose(body, wanted, places, recompute)
         self.extras = [v for v in self.kept if v not in places]
         self.as_it_stands = not self.extras and not holds(program, "custom_vjp_call")
         places.update((v, ("extra", i)) for i, v in enumerate(self.extras))
@@ -171,6 +180,20 @@ class Split:
         avals += [cotangent_aval(aval) for aval, nz in outs if nz]
         jaxpr = trace_jaxpr(run, avals)
         return Half(jaxpr, reached)
+
+
+def _except(mask: Mask, others: Mask) -> Mask:
+    return tuple(m and not other for m, other in zip(mask, others, strict=True))
+
+
+def _without_tangents(recompute: Callable[[Equation], bool], found: passes.Activity):
+    """Of the equations to run again those that meet no tangent."""
+
+    def also(eqn: Equation) -> bool:
+        tangents = (v in found.variables for v in eqn.inputs if isinstance(v, Var))
+        return not any(tangents) and recompute(eqn)
+
+    return also
 
 
 def spread(values: Sequence, mask: Sequence[bool]) -> list:

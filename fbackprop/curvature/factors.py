@@ -59,6 +59,16 @@ class _Blocks(Curvature):
     def _structure(self):
         return jax.tree.structure(self.blocks, is_leaf=_is_blocks)
 
+    def other_part(self, other: _Blocks) -> str | None:
+        """The first leaf of which another operator's blocks are for other parts, or None."""
+
+        def structures(blocks):
+            paths, _ = jax.tree_util.tree_flatten_with_path(blocks, is_leaf=_is_blocks)
+            return [(jax.tree_util.keystr(path), jax.tree.structure(x)) for path, x in paths]
+
+        pairs = zip(structures(self.blocks), structures(other.blocks), strict=True)
+        return next((name for (name, mine), (_, its) in pairs if mine != its), None)
+
     @property
     def _all(self) -> list[tuple[int, Any]]:
         """The blocks, each with the number of its leaf."""
@@ -154,8 +164,9 @@ class KroneckerFactors(_Blocks):
         $$(A + \pi \sqrt\lambda I)^{-1} \otimes (B + \tfrac1\pi \sqrt\lambda I)^{-1},
           \quad \pi^2 = \frac{\operatorname{tr} A / i}{\operatorname{tr} B / o}$$
 
-        (Martens and Grosse 2015, section 6.3). A vector's block is inverted exactly. The damping
-        of each factor is raised to max(n · ε, ε^¾) times its largest diagonal element.
+        (Martens and Grosse 2015, section 6.3). A vector's block is inverted exactly, and of what no
+        prediction depends on the inverse is 1/λ. The damping of each factor is raised to
+        max(n · ε, ε^¾) times its largest diagonal element.
         """
         check_not_negative(damping)
         merged = self.merged()
@@ -169,7 +180,8 @@ class KroneckerFactors(_Blocks):
             damping = once_known(damping, found.b)
             return found
 
-        return KroneckerFactors(merged._each(of_block))
+        inverted = KroneckerFactors(merged._each(of_block))
+        return KroneckerFactors(inverted._map(lambda blocks: _with_rest(blocks, damping)))
 
     def _traces(self):
         traces = iter([f.size * f.mean for f in self._factors()])
@@ -321,6 +333,22 @@ def _inverse(block: KroneckerBlock, a: _Factor, b: _Factor, damping) -> Kronecke
     inverse_a = a.inverse(pi * root)
     inverse_b = b.inverse(once_known(root / pi, inverse_a))
     return dataclasses.replace(block, a=inverse_a, b=inverse_b)
+
+
+def _with_rest(blocks: tuple, damping) -> tuple:
+    """Inverted blocks, and one of 1/λ for what they leave out of their leaf; 0 for λ = 0."""
+    place = blocks[0].place
+    if sum(math.prod(block.place.shape) for block in blocks) >= place.size:
+        return blocks
+    rest = np.ones(place.size, bool)
+    for block in blocks:
+        rest[block.place.indices()] = False
+    dtype = blocks[0].dtype
+    damping = jnp.asarray(damping, dtype)
+    inverse = jnp.where(damping > 0, 1 / jnp.where(damping > 0, damping, 1), 0)
+    whole = np.empty(place.leaf, np.int8)
+    values = jnp.where(rest.reshape(place.leaf), inverse, jnp.zeros((), dtype))
+    return (*blocks, diagonal_block(values, whole, whole))
 
 
 def _eigen(block: KroneckerBlock) -> EigenBlock:

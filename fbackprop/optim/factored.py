@@ -276,6 +276,12 @@ def _factored(
         Where they are not the rest is the old.
         """
         new = measure(objective, key)
+        leaf = new.other_part(state.factors)
+        if leaf is not None:
+            raise ValueError(
+                f"{who}: this batch meets other elements of params{leaf} than the first did: index "
+                "it with an array instead of slicing it, or keep the examples' shapes as they are"
+            )
         most = _memory(objective.n_effective) if decay is None else decay
         # A plain mean to begin with.
         keep = jnp.minimum(state.measured / (state.measured + 1), most)

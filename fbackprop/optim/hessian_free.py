@@ -186,8 +186,8 @@ def conjugate_gradients(multiply, gradient, start, max_iterations) -> Search:
         i = s.iterations + 1
         model = _quadratic(solution, residual, gradient)
         stretch = jnp.clip(i // 10, 10, WINDOW - 1)
-        before = s.models[(i - stretch) % WINDOW]
-        stalled = (i > stretch) & (model < 0) & (model - before > stretch * PROGRESS * model)
+        before, least = s.models[(i - stretch) % WINDOW], stretch.astype(dtype) * PROGRESS
+        stalled = (i > stretch) & (model < 0) & (model - before > least * model)
         done = stalled | ~usable | ~(square > 0) | (i >= max_iterations)
         # The last iterate is kept as well.
         keep = (i >= jnp.asarray(SPACING, dtype) ** s.kept) & (s.kept < KEPT - 1) | done

@@ -18,7 +18,8 @@ class Quantity:
       columns: what is sent back from each example's prediction: `LossGradient()`, `Outputs()`,
         `HessianRoot(samples)`, `Labels(samples)`, or a function of an `Example` that returns
         columns (a pytree like the prediction with an axis of columns in front) and their signs
-        (None where all are positive). Quantities with equal columns share them.
+        (None where all are positive): a method, or in the class a `staticmethod`. Quantities with
+        equal columns share them.
       over: how the results of two pieces of a batch make one: "sum" (they are added), "examples"
         (they have a leading axis of examples and are put in a row), or "pairs" (they cannot be
         joined: `extract` sees the sites of the whole batch at once).

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fbackprop.columns import HessianRoot, LossGradient, labels
-from fbackprop.kronecker import KroneckerBlock
+from fbackprop.kronecker import BiasBlock, EigenBlock, KroneckerBlock
 from fbackprop.quantities.base import Quantity
 
 
@@ -106,6 +106,12 @@ class EigenvalueCorrection(Quantity):
     vectors: Any
     columns: Any = HessianRoot()
     scales = True
+
+    def __post_init__(self):
+        kinds = EigenBlock | BiasBlock
+        blocks = jax.tree.leaves(self.vectors, is_leaf=lambda x: isinstance(x, kinds))
+        if not all(isinstance(block, kinds) for block in blocks):
+            raise TypeError("vectors must be a tree of tuples of blocks, `EigenFactors.blocks`")
 
     def extract(self, gradients):
         return gradients.squares_along(self.vectors)

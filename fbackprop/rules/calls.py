@@ -158,12 +158,13 @@ class Cond(Rule):
         branches = [branch(s, mine) for s, mine in zip(splits, slots[1], strict=True)]
         index, *operands = values
         results = lax.switch(index, branches, *operands)
-        return results[:n], (values, results[:n], results[n:])
+        passed = _passed(splits, "input", operands), _passed(splits, "output", results[:n])
+        return results[:n], (index, *passed, results[n:])
 
     def pullback(self, rules, eqn, active, kept, cts):
         splits = self._splits(rules, eqn, active)
         slots = _slots([[v.aval for v in s.extras] for s in splits])
-        (index, *operands), outs, extras = kept
+        index, operands, outs, extras = kept
         halves = [s.backward(nonzero(cts)) for s in splits]
         reached = tuple(map(any, zip(*(h.reached for h in halves), strict=True)))
         present = [ct for ct in cts if ct is not None]
@@ -184,6 +185,12 @@ class Cond(Rule):
         branches = [branch(*each) for each in zip(splits, halves, slots[1], strict=True)]
         found = lax.switch(index, branches, operands, outs, extras, present)
         return [None, *spread(found, reached)]
+
+
+def _passed(splits: list[Split], kind: str, values) -> list:
+    """Inputs or outputs of branches, None for those that no backward half reads."""
+    read = {i for split in splits for place, i in split.places if place == kind}
+    return [x if i in read else None for i, x in enumerate(values)]
 
 
 def _slots(avals_of_branches):

@@ -63,8 +63,8 @@ def _split(eqn: Equation, rules: Rules, active) -> Split:
             rules.of_tangents,
             program,
             tangents,
-            free_inputs=(True,) * n_in + (False,) * n_tangents,
-            free_outputs=(True,) * n_out + (False,) * n_moving,
+            free_inputs=(True,) * len(tangents),
+            free_outputs=(True,) * (n_out + n_moving),
             unknown_inputs=tangents,
             computed_outputs=(True,) * n_out + (False,) * n_moving,
         )
