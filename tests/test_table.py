@@ -119,6 +119,27 @@ def test_underivable_primitive_says_so():
         fb.grad(lambda x: jnp.sum(p.bind(x)))(X)
 
 
+def test_a_jaxpr_that_a_primitive_keeps_is_no_body_that_it_calls():
+    """Before JAX 0.12 one without its constants, which libraries pass as operands."""
+    from jax.interpreters import ad, mlir
+
+    closed = jax.make_jaxpr(lambda y: y * X)(X)
+    kept = getattr(closed, "jaxpr", closed)
+    p = Primitive("keeps_a_jaxpr")
+    p.def_impl(lambda x, *, kept: 2 * x)
+    p.def_abstract_eval(lambda x, *, kept: x)
+    mlir.register_lowering(p, mlir.lower_fun(lambda x, *, kept: 2 * x, multiple_results=False))
+    ad.deflinear(p, lambda ct, *, kept: [p.bind(ct, kept=kept)])
+
+    def f(x):
+        return jnp.sum(p.bind(jnp.sin(x), kept=kept))
+
+    expected = 2 * jnp.cos(X)
+    assert jnp.allclose(fb.grad(f)(X), expected)
+    assert jnp.allclose(fb.record(f)(X).gradients[0], expected)
+    assert fb.check_grads(f, X).ok
+
+
 def test_threads_may_derive_a_rule_at_once():
     """That one is under way in another thread is no recurrence."""
     (eqn,) = trace(lambda x: [jnp.sin(x)], [jax.typeof(1.0)]).equations

@@ -426,6 +426,34 @@ def test_inverse_divides_the_damping():
         np.testing.assert_allclose(after.a[0], expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("vectors", ["block", "joint"])
+def test_elements_that_no_prediction_depends_on(vectors):
+    """Rows, elements and layers that are left out: their curvature is zero, its inverse 1/λ."""
+
+    def model(p, x):
+        x = jnp.tanh(x @ p["layers"][1] + p["positions"][1:3])
+        return jnp.sum(x, axis=0) * p["scale"][1:4] @ p["out"][:3]
+
+    shapes = {"layers": (3, 3, 3), "positions": (4, 3), "scale": (5,), "out": (4, 2), "other": (2,)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    x = jax.random.normal(jax.random.key(0), (5, 2, 3))
+    kind = fb.Kronecker(vectors=vectors)
+    found = fb.sweep(model, fb.losses.squared_error, k=kind, d=fb.GGNDiagonal())(
+        params, (x, jnp.zeros((5, 2)))
+    )
+    factors, ones = fb.KroneckerFactors(found["k"]), jax.tree.map(jnp.ones_like, params)
+    without = jax.tree.map(lambda d: d == 0, found["d"])
+    solved, inverted = factors.solve(ones, 0.1), factors.inverse(0.1).matvec(ones)
+    for name in params:
+        zero = without[name]
+        np.testing.assert_allclose(solved[name][zero], 10)
+        if name != "positions":  # of which the rows share a factor, and so its damping
+            np.testing.assert_allclose(inverted[name][zero], 10)
+        assert jnp.all(inverted[name] > 0)
+    assert not jnp.any(factors.inverse(0.0).matvec(ones)["other"])
+    naive.assert_close(factors.diagonal()["scale"], found["d"]["scale"])
+
+
 def test_inverses_of_several_matrices():
     x = jax.random.normal(jax.random.key(0), (2, 600, 700))
     matrices = x @ x.mT / 700

@@ -137,6 +137,30 @@ def test_kfac_averages_over_a_number_of_examples():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("make", [fb.optim.kfac, fb.optim.ekfac])
+def test_sequences_of_several_lengths(make):
+    """Of a table of positions a prefix is used; of a matrix that would be another operator."""
+
+    def model(params, x):
+        return jnp.tanh(x @ params["w"] + params["positions"][: len(x)]).sum(0) @ params["out"]
+
+    params = {"w": normal(0, 3, 4), "positions": jnp.zeros((8, 4)), "out": normal(1, 4, 2)}
+    step = fb.optim.step(model, fb.losses.squared_error, make())
+    state = step.optimizer.init(params)
+    for length in (8, 5, 8, 5):
+        batch = normal(length, 16, length, 3), jnp.zeros((16, 2))
+        params, state, info = step(params, state, batch)
+    assert step.compilations == 2 and info["loss"] < 5 and jnp.any(params["positions"][6:] != 0)
+
+    step = fb.optim.step(lambda w, x: x @ w[: x.size], fb.losses.squared_error, make())
+    state = step.init(jnp.ones((5, 2)), (jnp.ones((4, 3)), jnp.ones((4, 2))))
+    with pytest.raises(
+        ValueError, match="meets other elements of params than the first did: index"
+    ):
+        step(jnp.ones((5, 2)), state, (jnp.ones((4, 2)), jnp.ones((4, 2))))
+
+
+@pytest.mark.slow
 def test_factors_are_renewed_in_the_first_five_steps_and_then_now_and_then():
     optimizer = fb.optim.kfac(every=8)
     step = fb.optim.step(perceptron, fb.losses.squared_error, optimizer)

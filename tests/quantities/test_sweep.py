@@ -520,6 +520,77 @@ def test_strict_refuses_what_has_no_rule():
         fb.sweep(model, SQUARED, strict=True, gradient=fb.Gradient())(W, batch)
 
 
+def test_columns_however_they_are_made():
+    """Made anew whenever they are asked for; a method; one that cannot be hashed."""
+
+    def unit(i, example):
+        return jnp.eye(len(example.prediction))[i][None], None
+
+    class Norms(fb.Quantity):
+        over = "pairs"
+
+        def extract(self, gradients):
+            return gradients.norms()[:, 0]
+
+    class Made(Norms):
+        @property
+        def columns(self):
+            return lambda example: unit(1, example)
+
+    class Method(Norms):
+        def columns(self, example):
+            return unit(1, example)
+
+    class Direction:
+        __hash__ = None
+
+        def __call__(self, example):
+            return unit(1, example)
+
+    class Held(Norms):
+        columns = Direction()
+
+    found = fb.sweep(linear, SQUARED, a=Made(), b=Method(), c=Held())(W, (X, Y))
+    for name in "abc":
+        assert_close(found[name], np.sum(X**2, axis=1))
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_what_is_extracted_is_arrays(chunk):
+    class Named(fb.Quantity):
+        def extract(self, gradients):
+            return {"who": "text"}
+
+    with pytest.raises(TypeError, match="q: a quantity extracts a pytree of arrays, but .* a str"):
+        fb.sweep(linear, SQUARED, chunk=chunk, q=Named())(W, (X, Y))
+
+
+def test_a_second_batch_that_is_none():
+    for other in (X, {"x": X}, (X,)):
+        run = fb.sweep(linear, SQUARED, dots=fb.ExampleDots(other=other))
+        assert "dots: other must be a tuple" in _raised(run, W, (X, Y))
+    assert "EigenFactors.blocks" in _raised(fb.EigenvalueCorrection, W, error=TypeError)
+
+
+@pytest.mark.slow
+def test_exports_with_a_symbolic_length():
+    (t,) = jax.export.symbolic_shape("t")
+
+    def model(p, x):
+        return jnp.tanh(x @ p["w"] + p["b"][None]).sum(0) @ p["v"]
+
+    shapes = {"w": (4, 3), "b": (3,), "v": (3, 2)}
+    params = {name: jnp.full(shape, 0.3) for name, shape in shapes.items()}
+    quantities = FIRST | {"diagonal": fb.GGNDiagonal(), "kron": fb.Kronecker()}
+    sweep = jax.jit(fb.sweep(model, SQUARED, **quantities))
+    types = params, (jax.ShapeDtypeStruct((3, t, 4), float), jax.ShapeDtypeStruct((3, 2), float))
+    exported = jax.export.export(sweep)(*types)
+    for length in (1, 6):
+        batch = jnp.linspace(-1, 1, 12 * length).reshape(3, length, 4), jnp.ones((3, 2))
+        found, expected = exported.call(params, batch), sweep(params, batch)
+        assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), 1e-12)
+
+
 def test_parameters_without_gradients():
     """Nothing to differentiate: zeros of the right shapes."""
     run = fb.sweep(lambda p, x: x, SQUARED, norms=fb.ExampleNorms(), dots=fb.ExampleDots())
