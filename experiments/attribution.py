@@ -35,7 +35,7 @@ from rich.table import Table
 
 import fbackprop as fb
 from experiments import attribution_methods, command, datasets, faithfulness, report
-from experiments.attribution_methods import CONTROLS, Method
+from experiments.attribution_methods import CONTROLS, Kind, Method
 from experiments.command import ExperimentError, UsageError
 from experiments.datasets import ANIMALS, Dataset
 from experiments.looks import LOOKS
@@ -47,6 +47,14 @@ NetworkName = Literal["mlp", "convnet", "resnet"]
 Apply = Callable[[Params, jax.Array], jax.Array]
 
 SHAPE, CLASSES = (28, 28, 1), len(ANIMALS)
+FILES = "attribution.png", "curves.png", "attribution.json"
+COLOURS: dict[Kind, str] = {  # of Okabe and Ito's, which colour-blind readers tell apart
+    "sensitivity": "#0072B2",
+    "contribution": "#E69F00",
+    "relevance": "#009E73",
+    "control": "black",
+}
+DASHES = "-", "--", ":", "-."
 POINTS = 28  # of a curve of pixel flipping, besides its start
 ORDERS = 4  # random ones that a curve is compared with
 
@@ -118,7 +126,9 @@ def validate(settings: Settings) -> None:
         UsageError: a number is out of its range.
     """
     counts = {"batch_size": 1, "animals": 1, "examples": 1, "samples": 1, "steps": 1}
-    for name, least in {**counts, "pick": 0, "seed": 0, "alpha": 1}.items():
+    for name in ("seed", "pick"):
+        command.check_seeds(getattr(settings, name), 1, f"--{name}")
+    for name, least in {**counts, "alpha": 1}.items():
         value = getattr(settings, name)
         if value is not None and not least <= value < np.inf:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least} and finite")
@@ -420,16 +430,16 @@ def plot_maps(
         figure.savefig(path, dpi=200)
 
 
-def plot_curves(path: Path, results: Sequence[Result]) -> None:
-    """Draw the mean curves of pixel flipping, those of the controls in black."""
+def plot_curves(path: Path, results: Sequence[Result], methods: Sequence[Method]) -> None:
+    """Draw the mean curves of pixel flipping: of each kind of method a colour."""
     fractions = _counts() / _counts()[-1]
     with _figure(1, 2, (7.5, 3.6), sharey=True) as (figure, panels):
         for panel, name in zip(panels[0], ("deletion", "insertion"), strict=True):
-            for i, one in enumerate(results):
-                control = len(results) - i <= len(CONTROLS)
-                looks: dict[str, Any] = {"color": "black" if control else f"C{i}", "lw": 1.1}
-                dashes = "-" if not control else (":" if i == len(results) - 1 else "--")
-                panel.plot(fractions, getattr(one, name).mean(0), dashes, label=one.label, **looks)
+            dashes = {kind: iter(DASHES) for kind in COLOURS}
+            for one, method in zip(results, methods, strict=True):
+                looks: dict[str, Any] = {"color": COLOURS[method.kind], "lw": 1.1}
+                looks["linestyle"] = next(dashes[method.kind])
+                panel.plot(fractions, getattr(one, name).mean(0), label=one.label, **looks)
             panel.set_title(name, fontsize=8)
             panel.set_xlabel("fraction of pixels, most relevant first")
         panels[0, 0].set_ylabel("logit of the class predicted")
@@ -446,7 +456,7 @@ def script(settings: Settings) -> int:
     if settings.examples > len(data.test_inputs):
         raise UsageError(f"--examples must be at most {len(data.test_inputs)}, the test images")
     model = MODELS[settings.network]()
-    command.prepare_folder(settings.out)
+    command.prepare_folder(settings.out, FILES)
     apply, params = model.network.apply, train(settings, model, data, console)
     logits = np.asarray(logits_of(apply, params, jnp.asarray(data.test_inputs)))
     predicted = logits.argmax(1)
@@ -467,7 +477,7 @@ def script(settings: Settings) -> int:
     measured = measure(settings, model, params, examples, replacement)
     total = len(methods) + len(CONTROLS)
     results = list(_bar(measured, "measuring the maps", total, console))
-    plot_curves(settings.out / "curves.png", results)
+    plot_curves(settings.out / "curves.png", results, [*methods.values(), *CONTROLS.values()])
     content = {
         "settings": dataclasses.asdict(settings),
         "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
@@ -477,8 +487,7 @@ def script(settings: Settings) -> int:
     }
     report.write_json(settings.out / "attribution.json", content)
     print_table(console, results)
-    written = "attribution.png, curves.png, attribution.json"
-    console.print(f"written: {settings.out}/{written}", soft_wrap=True)
+    console.print(f"written: {settings.out}/{', '.join(FILES)}", soft_wrap=True)
     return 0
 
 

@@ -6,7 +6,7 @@ x, and what each pixel *contributes* to it, in its units.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import fbackprop as fb
 
 Function: TypeAlias = Callable[[jax.Array], jax.Array]
+Kind: TypeAlias = Literal["sensitivity", "contribution", "relevance", "control"]
 
 
 class Method(NamedTuple):
@@ -22,19 +23,21 @@ class Method(NamedTuple):
     Attributes:
       label: what tables and figures call it.
       explain: from a function, an image and a random key to a map.
-      by_magnitude: whether a pixel ranks by the absolute value of the map, as those of
-        sensitivities do (Samek et al. 2017, section III); else by the value itself.
+      kind: of map; "relevance" is a contribution that a sweep of relevances finds.
       sums_to: from a function and an image to what the map should sum to; None if to nothing.
     """
 
     label: str
     explain: Callable[[Function, jax.Array, jax.Array], jax.Array]
-    by_magnitude: bool = False
+    kind: Kind = "contribution"
     sums_to: Callable[[Function, jax.Array], jax.Array] | None = None
 
     def ranked_by(self, pixels: jax.Array) -> jax.Array:
-        """What the pixels of a map rank by, the most relevant the largest."""
-        return jnp.abs(pixels) if self.by_magnitude else pixels
+        """What the pixels of a map rank by, the most relevant the largest.
+
+        Of sensitivities it is the absolute value (Samek et al. 2017, section III).
+        """
+        return jnp.abs(pixels) if self.kind == "sensitivity" else pixels
 
 
 def methods(
@@ -65,27 +68,27 @@ def methods(
 
     alpha_beta = fb.credit.alpha_beta(alpha, alpha - 1)
     return {
-        "gradient": Method("gradient", _gradient(None), by_magnitude=True),
+        "gradient": Method("gradient", _gradient(None), "sensitivity"),
         "gradient-times-input": Method(
             "gradient × input", lambda f, x, key: x * fb.grad(f)(x), sums_to=_value
         ),
-        "smooth-gradient": Method("SmoothGrad", smooth, by_magnitude=True),
+        "smooth-gradient": Method("SmoothGrad", smooth, "sensitivity"),
         "integrated-gradients": Method(
             "integrated gradients", integrated, sums_to=lambda f, x: f(x) - f(jnp.zeros_like(x))
         ),
-        "deconvnet": Method("deconvnet", _gradient(fb.credit.deconvnet()), by_magnitude=True),
+        "deconvnet": Method("deconvnet", _gradient(fb.credit.deconvnet()), "sensitivity"),
         "guided-backprop": Method(
-            "guided backprop", _gradient(fb.credit.guided_backprop()), by_magnitude=True
+            "guided backprop", _gradient(fb.credit.guided_backprop()), "sensitivity"
         ),
-        "lrp-epsilon": Method("LRP-ε", _relevance(fb.credit.epsilon(epsilon)), sums_to=_value),
-        "lrp-gamma": Method("LRP-γ", _relevance(fb.credit.gamma(gamma)), sums_to=_value),
-        "lrp-alpha-beta": Method("LRP-αβ", _relevance(alpha_beta), sums_to=_value),
+        "lrp-epsilon": Method("LRP-ε", _relevance(fb.credit.epsilon(epsilon)), "relevance", _value),
+        "lrp-gamma": Method("LRP-γ", _relevance(fb.credit.gamma(gamma)), "relevance", _value),
+        "lrp-alpha-beta": Method("LRP-αβ", _relevance(alpha_beta), "relevance", _value),
     }
 
 
 CONTROLS = {
-    "brightness": Method("the image itself", lambda f, x, key: x),
-    "random": Method("random", lambda f, x, key: jax.random.uniform(key, x.shape)),
+    "brightness": Method("the image itself", lambda f, x, key: x, "control"),
+    "random": Method("random", lambda f, x, key: jax.random.uniform(key, x.shape), "control"),
 }
 """Maps that know nothing of the function."""
 

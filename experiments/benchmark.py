@@ -179,7 +179,7 @@ def script(settings: Settings) -> int:
     check_names("program", settings.programs, PROGRAMS)
     if min(settings.repeats, settings.traces, settings.compilations) < 1:
         raise UsageError("--repeats, --traces and --compilations must be at least 1")
-    prepare_folder(settings.out)
+    prepare_folder(settings.out, FILES)
     console = terminal()
     results: dict[str, dict[str, Ratio]] = {}
     bar = track(settings.programs, "measuring", console=console, disable=not console.is_terminal)
@@ -190,8 +190,11 @@ def script(settings: Settings) -> int:
             console.print(name, *(f"{m} {results[name][m].median:.3f}" for m in MEASURES))
     console.print(table_of(results))
     draw(results, settings.out / "benchmark.png")
-    console.print(f"written: {settings.out}/benchmark.json, benchmark.png")
+    console.print(f"written: {settings.out}/{', '.join(FILES)}")
     return 0
+
+
+FILES = "benchmark.json", "benchmark.png"
 
 
 def _write(results: dict[str, dict[str, Ratio]], path: Path) -> None:

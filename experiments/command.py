@@ -87,10 +87,10 @@ def check_names(what: str, given: Sequence[str], choices: Iterable[str]) -> None
         raise UsageError(f"no {what} called '{unknown[0]}': choose from {', '.join(choices)}")
 
 
-def check_seeds(seed: int, seeds: int) -> None:
+def check_seeds(seed: int, seeds: int, option: str = "--seed") -> None:
     """Refuse seeds of which one is no 32-bit integer from zero up."""
     if not 0 <= seed <= 2**31 - seeds:
-        raise UsageError("--seed must be at least 0, and the last seed below 2³¹")
+        raise UsageError(f"{option} must be at least 0, and the last seed below 2³¹")
 
 
 def prepare_folder(folder: pathlib.Path, files: Sequence[str] = ()) -> None:

@@ -436,14 +436,15 @@ def script(settings: Settings) -> int:
     validate(settings)
     console = command.terminal()
     task = task_of(settings)
-    command.prepare_folder(settings.out)
+    files = [f"{settings.data}.{ending}" for ending in ("json", "png")]
+    command.prepare_folder(settings.out, files)
     try:
         outcomes = compare(settings, task, console)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the rules that ended are in {settings.out}") from None
     print_table(console, outcomes)
     plot(settings.out / f"{settings.data}.png", outcomes)
-    console.print(f"written: {settings.out}/{settings.data}.json, .png", soft_wrap=True)
+    console.print(f"written: {settings.out}/{', '.join(files)}", soft_wrap=True)
     return 0
 
 

@@ -1,5 +1,6 @@
 """The figures of a comparison: curves against steps, seconds and work; the search."""
 
+import math
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ def curves(path: Path, outcomes: Sequence[Outcome], target: float, score_name: s
             row[0].set_ylabel(label)
             _frame(row[0], outcomes, quantity)
         for panel in panels[0]:
-            panel.axhline(target, color="black", linewidth=0.5)
+            panel.axhline(target, color="black", linewidth=0.5, label="target")
         for panel, label in zip(panels[-1], AXES.values(), strict=True):
             panel.set_xlabel(label)
         handles, labels = panels[0][0].get_legend_handles_labels()
@@ -45,7 +46,8 @@ def search(path: Path, outcomes: Sequence[Outcome]) -> None:
     """Draw the last training loss of every setting, a panel per optimizer that was searched.
 
     A point is a median over seeds, its bar the quartiles; of two hyper-parameters the second is the
-    colour. Settings that diverged stand as crosses at the upper edge.
+    colour, of which there is a legend, or for many values a scale. Settings that diverged stand as
+    crosses at the upper edge.
     """
     searched = [outcome for outcome in outcomes if outcome.setting]
     if not searched:
@@ -66,15 +68,25 @@ def search(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def _logarithmic(panel) -> None:
-    """A logarithmic axis of x; between powers of ten short ranges have labels at 2 and 5."""
-    from matplotlib.ticker import LogFormatter
+    """A logarithmic axis of x; between powers of ten short ranges have labels at 2 and 5.
 
-    class Sparse(LogFormatter):
+    Within one power of ten the labels are round numbers.
+    """
+    from matplotlib.ticker import LogFormatterMathtext, MaxNLocator, NullLocator, StrMethodFormatter
+
+    class Sparse(LogFormatterMathtext):
         def __call__(self, x, pos=None):
-            return super().__call__(x, pos) if f"{x:e}"[0] in "25" else ""
+            digit = x / 10 ** math.floor(math.log10(x))
+            return super().__call__(x, pos) if min(abs(digit - 2), abs(digit - 5)) < 1e-6 else ""
 
     panel.set_xscale("log")
-    panel.xaxis.set_minor_formatter(Sparse(minor_thresholds=(1, 0.4)))
+    least, most = panel.get_xlim()
+    if most < 10 * least:
+        panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.xaxis.set_minor_locator(NullLocator())
+    else:
+        panel.xaxis.set_minor_formatter(Sparse(minor_thresholds=(1, 0.4)))
 
 
 @contextmanager
@@ -127,13 +139,17 @@ def _frame(panel: Any, outcomes: Sequence[Outcome], quantity: Quantity) -> None:
 
 def _draw_search(panel: Any, outcome: Outcome) -> None:
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, LogNorm
 
     names = list(outcome.setting)
     values = np.array([[setting[name] for name in names] for setting in outcome.settings])
     lower, median, upper = outcome.final
     groups = np.unique(values[:, 1]) if len(names) > 1 else np.array([np.nan])
-    for i, group in enumerate(groups):
-        colour = colormaps["viridis"](0.85 * i / max(1, len(groups) - 1))
+    shades = ListedColormap(colormaps["viridis"](np.linspace(0, 0.85, 256)))
+    scale = LogNorm(groups[0], groups[-1])
+    for group in groups:
+        colour = shades(scale(group) if len(groups) > 1 else 0.0)
         own = np.flatnonzero(values[:, 1] == group) if len(names) > 1 else np.arange(len(values))
         own = own[np.argsort(values[own, 0])]
         kept, lost = own[np.isfinite(median[own])], own[~np.isfinite(median[own])]
@@ -151,3 +167,6 @@ def _draw_search(panel: Any, outcome: Outcome) -> None:
     panel.set_title(OPTIMIZERS[outcome.name].label, fontsize=8)
     if 1 < len(groups) <= 5:
         panel.legend(fontsize=6, frameon=False)
+    elif len(groups) > 5:
+        bar = panel.figure.colorbar(ScalarMappable(scale, shades), ax=panel)
+        bar.set_label(names[1].replace("_", " "))

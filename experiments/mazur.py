@@ -49,7 +49,13 @@ PUBLISHED = {
     "E o1": "0.274811083",
     "E o2": "0.023560026",
     "E": "0.298371109",
+    "∂E/∂o1": "0.74136507",
+    "∂o1/∂net o1": "0.186815602",
     "δ o1": "0.138498562",
+    "∂E o1/∂h1": "0.055399425",
+    "∂E o2/∂h1": "-0.019049119",
+    "∂E/∂h1": "0.036350306",
+    "∂h1/∂net h1": "0.241300709",
     "∂E/∂w5": "0.082167041",
     "∂E/∂w1": "0.000438568",
     "w1+": "0.149780716",
@@ -153,6 +159,12 @@ def total_error(weights: Weights) -> jax.Array:
     return errors(outputs(weights)).sum()
 
 
+def signals_of(k: int) -> dict[str, np.ndarray]:
+    """The error signals of one of the two errors."""
+    found = fb.error_signals(lambda weights: errors(outputs(weights))[k], initial_weights())
+    return {name: np.asarray(signal) for name, signal in found.items()}
+
+
 def update(weights: Weights) -> Weights:
     """One step of gradient descent at the article's rate."""
     gradient = fb.grad(total_error)(weights)
@@ -188,6 +200,7 @@ def calculation() -> dict[str, list[Row]]:
     with jax.enable_x64(True):
         first = jax.tree.map(np.asarray, fb.record(total_error)(initial_weights()))
         (gradient,), neuron, delta = first.gradients, first.named_values, first.signals
+        of_first, of_second = (signals_of(k) for k in (0, 1))
         once, _, error_once = train(1)
         _, outputs_trained, error_trained = train(UPDATES)
         _, _, error_before = train(UPDATES - 1)
@@ -207,14 +220,23 @@ def calculation() -> dict[str, list[Row]]:
             _row("E", "E o1 + E o2", first.value),
         ],
         "Error signals": [
+            *_pair("∂E/∂o1", "o1 − t1", "∂E/∂o2", "o2 − t2", delta["o"]),
             *_pair(
-                "δ o1", "(o1 − t1)·o1·(1 − o1)", "δ o2", "(o2 − t2)·o2·(1 − o2)", delta["net o"]
+                *("∂o1/∂net o1", "o1·(1 − o1)", "∂o2/∂net o2", "o2·(1 − o2)"),
+                delta["net o"] / delta["o"],
+            ),
+            *_pair("δ o1", "∂E/∂o1·∂o1/∂net o1", "δ o2", "∂E/∂o2·∂o2/∂net o2", delta["net o"]),
+            *_pair("∂E o1/∂h1", "δ o1·w5", "∂E o1/∂h2", "δ o1·w6", of_first["h"]),
+            *_pair("∂E o2/∂h1", "δ o2·w7", "∂E o2/∂h2", "δ o2·w8", of_second["h"]),
+            *_pair(
+                *("∂E/∂h1", "∂E o1/∂h1 + ∂E o2/∂h1", "∂E/∂h2", "∂E o1/∂h2 + ∂E o2/∂h2"),
+                delta["h"],
             ),
             *_pair(
-                *("δ h1", "(w5·δ o1 + w7·δ o2)·h1·(1 − h1)"),
-                *("δ h2", "(w6·δ o1 + w8·δ o2)·h2·(1 − h2)"),
-                delta["net h"],
+                *("∂h1/∂net h1", "h1·(1 − h1)", "∂h2/∂net h2", "h2·(1 − h2)"),
+                delta["net h"] / delta["h"],
             ),
+            *_pair("δ h1", "∂E/∂h1·∂h1/∂net h1", "δ h2", "∂E/∂h2·∂h2/∂net h2", delta["net h"]),
         ],
         "Gradient": [_row(f"∂E/∂{name}", how, slope) for name, how, slope in slopes],
         "One update": [_row(f"{name}+", how, weight) for name, how, weight in moved],

@@ -150,7 +150,7 @@ def script(settings: Settings) -> int:
         raise UsageError("--autoencoder and --hidden take widths of at least 1")
     if len(settings.autoencoder) < 2:
         raise UsageError("--autoencoder takes the widths of two layers or more")
-    prepare_folder(settings.out)
+    prepare_folder(settings.out, ["optimizers.json"])
     console = terminal()
     found = steps(
         settings,

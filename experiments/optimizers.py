@@ -1,6 +1,7 @@
 """The optimizers that are compared, one row each.
 
-Adding one is adding a row: what builds it, what of it is searched and how it takes its data.
+Adding one is adding its name to `OptimizerName` and a row: what builds it, what of it is searched,
+how it takes its data.
 """
 
 from collections.abc import Callable

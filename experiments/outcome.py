@@ -3,6 +3,7 @@
 The best setting is the one of the lowest median, over seeds, of the last training loss. A loss that
 is not a number counts as infinite. Medians and quartiles are values that occurred, so infinity is
 one of them like any other: of an even number of seeds the median is the worse one in the middle.
+The upper quartile is as far from the end as the lower one.
 
 Index legend: S settings, K seeds, R records.
 """
@@ -122,7 +123,9 @@ def best_setting(found: Found) -> int:
 
 def quartiles(values: np.ndarray, worse: Literal["higher", "lower"] = "higher") -> Quartiles:
     """Over the first axis."""
-    lower, upper = np.quantile(values, [0.25, 0.75], axis=0, method="inverted_cdf")
+    lower, upper = (
+        sign * np.quantile(sign * values, 0.25, axis=0, method="inverted_cdf") for sign in (1, -1)
+    )
     return Quartiles(lower, np.quantile(values, 0.5, axis=0, method=worse), upper)
 
 

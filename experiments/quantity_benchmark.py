@@ -382,11 +382,14 @@ def _chosen(settings: Settings) -> dict[str, list[str]]:
     return chosen
 
 
+FILES = "quantities.json", "quantities.md", "quantities.png"
+
+
 def script(settings: Settings) -> int:
     chosen = _chosen(settings)
     console = terminal()
     python = find_torch(settings.torch, console)
-    prepare_folder(settings.out)
+    prepare_folder(settings.out, FILES)
     results: Results = {}
     columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -404,7 +407,7 @@ def script(settings: Settings) -> int:
             console.print(table_of(network, rows), "")
     (settings.out / "quantities.md").write_text(markdown(results), encoding="utf-8")
     draw(results, settings.out / "quantities.png")
-    console.print(f"written: {settings.out}/quantities.json, quantities.md, quantities.png")
+    console.print(f"written: {settings.out}/{', '.join(FILES)}")
     return 0
 
 

@@ -121,7 +121,8 @@ def line(outcome: Outcome) -> str:
     found, lanes = outcome.found, len(outcome.settings) * len(outcome.seeds)
     chunks = f", {found.at_once} at once for want of memory," if found.at_once < lanes else ""
     said = (
-        f"{OPTIMIZERS[outcome.name].label}: {lanes} runs of {outcome.schedule.steps} steps{chunks} "
+        f"{OPTIMIZERS[outcome.name].label}: {_count(lanes, 'run')} of "
+        f"{_count(outcome.schedule.steps, 'step')}{chunks} "
         f"in {found.seconds:.1f} s, compiled in {found.compile_seconds:.1f} s"
     )
     if math.isinf(outcome.final.median[outcome.best]):
@@ -195,7 +196,13 @@ def _write_rows(path: Path, header: Sequence[str], rows: Iterator[tuple]) -> Non
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.0f}" if value == int(value) else f"{value:.4g}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _range(quartiles: Quartiles) -> str:

@@ -103,7 +103,7 @@ def script(settings: Settings) -> int:
     check_names("program", settings.programs, PROGRAMS)
     if min(settings.repeats, settings.traces) < 1:
         raise UsageError("--repeats and --traces must be at least 1")
-    prepare_folder(settings.out)
+    prepare_folder(settings.out, ["rules.json"])
     console = terminal()
     table = Table(title="sweep with other rules over the plain sweep", box=None)
     for heading in ("program", "rules", *MEASURES.values()):

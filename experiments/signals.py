@@ -53,6 +53,7 @@ ACTIVATIONS: dict[ActivationName, Activation] = {
     "sigmoid": jax.nn.sigmoid,
 }
 
+FILES = "signals.json", "curves.csv", "signals.png"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 # Root mean squares that a fit takes: within float32's range by a margin for the smaller and larger
@@ -107,6 +108,7 @@ class Verdict(enum.Enum):
     VANISHING = "vanishing"
     STABLE = "stable"
     EXPLODING = "exploding"
+    ZERO = "all zero"
     OUT_OF_RANGE = "out of float32's range"
 
 
@@ -159,6 +161,8 @@ class Distribution:
 
     def verdict(self, decades: float) -> Verdict:
         """Stable if all layers together change the signals by no more than so many decades."""
+        if not np.any(self.rms):  # of dead units nothing comes back
+            return Verdict.ZERO
         change = self.slope * self.rms.shape[1]
         if np.isnan(change):
             return Verdict.OUT_OF_RANGE
@@ -203,7 +207,8 @@ def validate(settings: Settings) -> None:
     Raises:
         UsageError: a number is out of its range, or there is nothing to measure.
     """
-    for name, least in {"depth": 2, "width": 1, "examples": 1, "seeds": 1, "seed": 0}.items():
+    command.check_seeds(settings.seed, settings.seeds)
+    for name, least in {"depth": 2, "width": 1, "examples": 1, "seeds": 1}.items():
         if getattr(settings, name) < least:
             raise UsageError(f"--{name} must be at least {least}")
     if not all(1e-3 <= scale <= 100 for scale in settings.scales):
@@ -423,7 +428,7 @@ def script(settings: Settings) -> int:
     """Measure, print, write; the status is 0 whatever becomes of the signals."""
     validate(settings)
     images = images_of(settings)
-    command.prepare_folder(settings.out)
+    command.prepare_folder(settings.out, FILES)
     console = command.terminal()
     total = len(settings.activations) * len(chosen(settings))
     bar = track(
@@ -437,7 +442,7 @@ def script(settings: Settings) -> int:
     print_table(console, found, settings.decades)
     write(settings.out, settings, found)
     plot(settings.out / "signals.png", found)
-    console.print(f"written: {settings.out}/signals.json, curves.csv, signals.png", soft_wrap=True)
+    console.print(f"written: {settings.out}/{', '.join(FILES)}", soft_wrap=True)
     return 0
 
 

@@ -215,6 +215,7 @@ def test_nothing_recognised_is_one_line():
         (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--animals", "11"], "--animals must be at most 10"),
         (["--examples", "0"], "--examples must be at least 1"),
+        (["--pick", "4294967296"], "--pick must be at least 0"),
         (["--noise", "-1"], "--noise must be at least 0"),
         (["--epsilon", "nan"], "--epsilon must be at least 0"),
         (["--alpha", "0.5"], "--alpha must be at least 1"),

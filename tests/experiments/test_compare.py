@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import time
 from typing import get_args
@@ -327,6 +328,37 @@ def test_the_median_of_an_even_number_is_the_worse_one():
     assert found.end("train_loss").median == 2 and found.end("test_score").median == 1
     found = dataclasses.replace(found, score_rises=False)
     assert found.end("test_score").median == 2
+
+
+@pytest.mark.parametrize("seeds", range(1, 9))
+def test_quartiles_are_as_far_from_either_end(seeds):
+    for worse in ("higher", "lower"):
+        lower, _, upper = outcome.quartiles(np.arange(1.0, seeds + 1), worse=worse)
+        assert lower + upper == seeds + 1
+
+
+@pytest.mark.parametrize("limits", [(0.0135, 0.028), (200, 290), (100, 140), (1, 99), (1e-5, 0.3)])
+def test_labels_of_a_logarithmic_axis_are_where_they_say(limits):
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(2.5, 2))
+    panel.plot(limits, limits)
+    figures._logarithmic(panel)
+    panel.set_xlim(*limits)
+    figure.canvas.draw()
+    shown = {}
+    for which in ("major", "minor"):
+        for place, tick in zip(panel.get_xticks(minor=which == "minor"),
+                               panel.get_xticklabels(which=which), strict=True):  # fmt: skip
+            if tick.get_text() and limits[0] <= place <= limits[1]:
+                shown[tick.get_text()] = float(place)
+    plt.close(figure)
+    assert 2 <= len(shown) <= 8
+    power = re.compile(r"\$\\mathdefault\{(?:(\d+)\\times)?10\^\{(-?\d+)\}\}\$")
+    for text, place in shown.items():
+        found = power.fullmatch(text)
+        value = int(found[1] or 1) * 10.0 ** int(found[2]) if found else float(text)
+        np.testing.assert_allclose(value, place, rtol=1e-9)
 
 
 def test_what_raised_the_loss_sets_no_target():

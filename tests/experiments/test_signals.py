@@ -176,6 +176,7 @@ def test_slopes_are_fitted_where_float32_holds_the_signals():
         ([0.4, 1.0], Verdict.STABLE),
         ([0.0, 1.0], Verdict.OUT_OF_RANGE),
         ([math.nan, math.inf], Verdict.OUT_OF_RANGE),
+        ([0.0, 0.0], Verdict.ZERO),
     ],
 )
 def test_verdicts(rms, verdict):
@@ -242,6 +243,7 @@ def test_signals_out_of_range_are_reported_not_fatal(tmp_path, capsys):
         (["--initialisations", "xavier"], "'xavier'"),
         (["--depth", "1"], "--depth must be at least 2"),
         (["--width", "0"], "--width must be at least 1"),
+        (["--seed", "99999999999999999999"], "--seed must be at least 0"),
         (["--examples", "2000"], "--examples must be at most"),
         (["--scales", "0"], "--scales must be from"),
         (["--scales", "nan"], "--scales must be from"),
