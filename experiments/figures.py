@@ -14,7 +14,7 @@ from experiments.outcome import Outcome, Quantity
 
 AXES = {"steps": "steps", "seconds": "seconds", "gradients": "gradient-equivalents"}
 COLUMNS = 4  # panels beside each other
-BEYOND = 1e30  # stands for infinity, which cannot be drawn
+BEYOND = 1e30  # stands for infinity, which cannot be drawn; so large a loss has diverged
 
 
 def curves(path: Path, outcomes: Sequence[Outcome], target: float, score_name: str) -> None:
@@ -152,7 +152,7 @@ def _draw_search(panel: Any, outcome: Outcome) -> None:
         colour = shades(scale(group) if len(groups) > 1 else 0.0)
         own = np.flatnonzero(values[:, 1] == group) if len(names) > 1 else np.arange(len(values))
         own = own[np.argsort(values[own, 0])]
-        kept, lost = own[np.isfinite(median[own])], own[~np.isfinite(median[own])]
+        kept, lost = own[median[own] < BEYOND], own[median[own] >= BEYOND]
         ends = lower[kept], np.minimum(upper[kept], BEYOND)
         bars = np.stack([median[kept] - ends[0], ends[1] - median[kept]])
         label = f"{names[1]} {group:.2g}" if len(names) > 1 else None

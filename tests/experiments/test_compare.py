@@ -118,6 +118,8 @@ def test_what_diverges_is_said_and_drawn(tmp_path):
     figures.curves(tmp_path / "curves.png", [lost, risen], math.inf, "test error")
     figures.search(tmp_path / "search.png", [lost, risen])
     figures.search(tmp_path / "search.png", [lost])  # with nothing to set the axis by
+    huge = outcome_of("sgd", [[[3, 1e35], [3, 2e35]]] * 2, [{"learning_rate": r} for r in (1, 2)])
+    figures.search(tmp_path / "search.png", [huge])
 
 
 def test_an_interruption_keeps_what_was_written(tmp_path, capsys, monkeypatch):
