@@ -14,7 +14,7 @@ from experiments.outcome import Outcome, Quantity
 
 AXES = {"steps": "steps", "seconds": "seconds", "gradients": "gradient-equivalents"}
 COLUMNS = 4  # panels beside each other
-BEYOND = 1e30  # stands for infinity, which cannot be drawn; so large a loss has diverged
+BEYOND = 1e30  # stands for infinity, which cannot be drawn
 
 
 def curves(path: Path, outcomes: Sequence[Outcome], target: float, score_name: str) -> None:
@@ -46,20 +46,22 @@ def search(path: Path, outcomes: Sequence[Outcome]) -> None:
     """Draw the last training loss of every setting, a panel per optimizer that was searched.
 
     A point is a median over seeds, its bar the quartiles; of two hyper-parameters the second is the
-    colour, of which there is a legend, or for many values a scale. Settings that diverged stand as
-    crosses at the upper edge.
+    colour, of which there is a legend, or for many values a scale. Settings that diverged, or ended
+    above ten times the highest start, stand as crosses at the upper edge.
     """
     searched = [outcome for outcome in outcomes if outcome.setting]
     if not searched:
         return
+    starts = np.stack([outcome.found.curves.train_loss[..., 0].max() for outcome in searched])
+    most = 10 * starts.max() if np.isfinite(starts).all() else BEYOND
     across = min(COLUMNS, len(searched))
     with _canvas(-(-len(searched) // across), across, 1.9, sharey=True) as (figure, panels):
         for panel in panels.flat[len(searched) :]:
             panel.axis("off")
         for panel, outcome in zip(panels.flat, searched, strict=False):
-            _draw_search(panel, outcome)
+            _draw_search(panel, outcome, most)
         ends = np.concatenate([np.stack(outcome.final) for outcome in searched], axis=None)
-        ends = ends[np.isfinite(ends) & (ends > 0)]
+        ends = ends[(ends < most) & (ends > 0)]
         limits = (ends.min() / 1.5, 1.5 * ends.max()) if ends.size else (0.1, 1)
         panels[0, 0].set_ylim(*limits)
         for row in panels:
@@ -137,7 +139,7 @@ def _frame(panel: Any, outcomes: Sequence[Outcome], quantity: Quantity) -> None:
         panel.set_ylim(least.min() / 1.5 if least.size else None, 1.5 * start)
 
 
-def _draw_search(panel: Any, outcome: Outcome) -> None:
+def _draw_search(panel: Any, outcome: Outcome, most: float) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, LogNorm
@@ -152,7 +154,7 @@ def _draw_search(panel: Any, outcome: Outcome) -> None:
         colour = shades(scale(group) if len(groups) > 1 else 0.0)
         own = np.flatnonzero(values[:, 1] == group) if len(names) > 1 else np.arange(len(values))
         own = own[np.argsort(values[own, 0])]
-        kept, lost = own[median[own] < BEYOND], own[median[own] >= BEYOND]
+        kept, lost = own[median[own] < most], own[median[own] >= most]
         ends = lower[kept], np.minimum(upper[kept], BEYOND)
         bars = np.stack([median[kept] - ends[0], ends[1] - median[kept]])
         label = f"{names[1]} {group:.2g}" if len(names) > 1 else None
