@@ -30,8 +30,9 @@ class Kronecker(Quantity):
     2023, eqs. 13 and 17). A leaf of which parts are used apart (the slices of a fused projection,
     the layers of a stack) has factors for each. Of the branches of a `cond` an example meets one,
     and T is the largest number of places that it can. Leaves without structure, biases among them,
-    have no activations: a vector's B is its exact block, a matrix's rows share one B. Where a loss
-    is concave, its curvature is left out.
+    have no activations: a vector's B is its exact block, a matrix's rows share one B. A leaf of
+    which a model uses a slice of rows, as of a table of positions, has a block of all its rows.
+    Where a loss is concave, its curvature is left out.
 
     Attributes:
       samples: None for all columns of a root of the loss's Hessian (KFLR; Botev, Ritter and Barber
