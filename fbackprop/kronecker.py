@@ -44,7 +44,7 @@ class Place(NamedTuple):
         return found
 
     @property
-    def is_all(self) -> bool:
+    def _is_all(self) -> bool:
         """Whether the weight is the whole leaf, perhaps with its axes in another order."""
         return self.offset == 0 and math.prod(self.shape) == self.size and min(self.strides) > 0
 
@@ -59,14 +59,14 @@ class Place(NamedTuple):
         flat = leaf.reshape(-1)
         if not self.shape:
             return flat[self.offset]
-        if not self.is_all:
+        if not self._is_all:
             return flat[self.indices()]
         order = self._order
         return flat.reshape([self.shape[k] for k in order]).transpose(np.argsort(order))
 
     def put(self, weight):
         """The leaf, zero where the weight is not."""
-        if self.shape and self.is_all:
+        if self.shape and self._is_all:
             return weight.transpose(self._order).reshape(self.leaf)
         flat = jnp.zeros(self.size, weight.dtype).at[self.indices()].set(weight)
         return flat.reshape(self.leaf)
