@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -42,6 +42,8 @@ from fbackprop.program import (
     type_of,
     zeros,
 )
+
+_Function = TypeVar("_Function", bound=Callable)
 
 OPERANDS = "xyz"
 STATIC = frozenset({"ct", "cts", "arriving", "eqn", "rules"})  # what is not kept
@@ -281,7 +283,7 @@ def row(name: str, *pullbacks: Callable | None) -> None:
 def joint(name: str):
     """Decorator for a row whose one function returns the cotangents of all operands."""
 
-    def enter(function):
+    def enter(function: _Function) -> _Function:
         register(name, LocalRule([function], joint=True))
         return function
 
@@ -294,7 +296,7 @@ def zero(*names: str) -> None:
         register(name, ZeroRule())
 
 
-def defrule(name: str | Primitive):
+def defrule(name: str | Primitive) -> Callable[[_Function], _Function]:
     """Give a primitive its backward rule.
 
     The decorated function receives the cotangent and whatever it names of the forward pass, and
@@ -341,7 +343,7 @@ def defrule(name: str | Primitive):
             "jax.make_jaxpr prints, or pass the primitive itself"
         )
 
-    def enter(function):
+    def enter(function: _Function) -> _Function:
         register(name, LocalRule([function], joint=True))
         return function
 
