@@ -161,7 +161,7 @@ class Distribution:
 
     def verdict(self, decades: float) -> Verdict:
         """Stable if all layers together change the signals by no more than so many decades."""
-        if not np.any(self.rms):  # of dead units nothing comes back
+        if not np.any(self.rms):  # dead units, or net inputs too small for float32
             return Verdict.ZERO
         change = self.slope * self.rms.shape[1]
         if np.isnan(change):
