@@ -173,6 +173,9 @@ def draw(results: dict[str, dict[str, Ratio]], path: Path) -> None:
     plt.close(figure)
 
 
+FILES = "benchmark.json", "benchmark.png"
+
+
 def script(settings: Settings) -> int:
     if not settings.programs:
         raise UsageError("--programs takes one or more programs")
@@ -192,9 +195,6 @@ def script(settings: Settings) -> int:
     draw(results, settings.out / "benchmark.png")
     console.print(f"written: {settings.out}/{', '.join(FILES)}")
     return 0
-
-
-FILES = "benchmark.json", "benchmark.png"
 
 
 def _write(results: dict[str, dict[str, Ratio]], path: Path) -> None:

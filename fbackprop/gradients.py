@@ -29,6 +29,7 @@ from fbackprop.kronecker import (
     block_without_activations,
     diagonal_block,
     is_vector,
+    of_whole_leaf,
     place_of,
     regular_place,
 )
@@ -275,7 +276,6 @@ class Gradients:
                 return (diagonal_block(squares, whole, whole, self.shares),)
             return (block_without_activations(each, whole, whole, 0, *self._counts),)
         blocks: list = []
-        alone = sum(len({placed.swapped for placed in group.members}) for group in groups) == 1
         rows = {weight for weight, _ in self._biases.values()} if vectors == "joint" else ()
         for group in groups:
             if group.weight in rows:
@@ -284,16 +284,14 @@ class Gradients:
             for swapped in (False, True):
                 placed = [p for p in group.members if p.swapped == swapped]
                 if placed:
-                    blocks.append(self._block(leaf, placed, sharing, vectors, alone))
+                    blocks.append(self._block(leaf, placed, sharing, vectors))
         if not blocks:  # no prediction depends on it
             zeros = jnp.zeros(whole.shape, self._wide(leaf))
             blocks = [diagonal_block(zeros, whole, whole, self.shares)]
         return tuple(blocks)
 
-    def _block(
-        self, leaf: int, placed: list[Placed], sharing: str, vectors: str, alone: bool
-    ) -> KroneckerBlock:
-        """The block of sites of one orientation; `alone` if the leaf has no other."""
+    def _block(self, leaf: int, placed: list[Placed], sharing: str, vectors: str) -> KroneckerBlock:
+        """The block of sites of one orientation."""
         start, weight = self.source.leaves[leaf], placed[0].weight
         view = self.source.origins[weight].view
         assert view is not None  # or there would be no groups
@@ -301,10 +299,13 @@ class Gradients:
         if any(p.site.use is None for p in placed):
             group, depth = Group(placed), self.source.depth[weight]
             if vectors != "block" and is_vector(view.shape[depth:]):
-                squares = group.squares(self.counts)
-                return diagonal_block(squares, view, start, self.shares, alone)
-            each = group.each()
-            return block_without_activations(each, view, start, depth, shares, counts, alone)
+                block = diagonal_block(group.squares(self.counts), view, start, self.shares)
+            else:
+                each = group.each()
+                block = block_without_activations(each, view, start, depth, shares, counts)
+            groups = self.groups[leaf] or ()
+            is_alone = len(groups) == 1 and len(placed) == len(groups[0].members)
+            return of_whole_leaf(block) if is_alone else block
         sites = [p.site for p in placed]
         _, bias = self._biases.get(weight, (None, None)) if vectors == "joint" else (None, None)
         return block_of_sites(sites, view, start, shares, counts, sharing, bias)

@@ -268,14 +268,8 @@ def is_vector(shape: Sequence[int]) -> bool:
     return sum(size > 1 for size in shape) < 2
 
 
-def block_without_activations(
-    each, view, start, depth: int, shares, counts, alone: bool = True
-) -> KroneckerBlock:
-    """The block of a weight without activations: its rows share a factor, save those of a stack.
-
-    Some rows of a leaf that has no other block have a block of the leaf, in which the other rows'
-    diagonal is zero: so the blocks are of one kind however many rows a sequence takes.
-    """
+def block_without_activations(each, view, start, depth: int, shares, counts) -> KroneckerBlock:
+    """The block of a weight without activations: its rows share a factor, save those of a stack."""
     shape = each.shape[2 + depth :]
     stack, rows, last = math.prod(each.shape[2 : 2 + depth]), 1, math.prod(shape)
     if not is_vector(shape):
@@ -283,16 +277,26 @@ def block_without_activations(
     x = wide(each).reshape(*each.shape[:2], stack, rows, last).swapaxes(2, 3)
     mean = jnp.sum(jnp.broadcast_to(shares, len(each)))  # over all pieces of a batch it is one
     a = jnp.full((stack, rows), mean / rows, x.dtype)
-    if alone and depth == 0 and rows > 1 and _are_rows(view, start):
-        first, view, rows = place_of(view, start).offset // last, start, start.size // last
-        a = jnp.zeros((1, rows), x.dtype).at[:, first : first + a.size].set(a)
     layout = Layout(view.shape, (stack, rows, last), ((0,), (1,), (2,)))
     return KroneckerBlock(a, _outer(Dense(x), counts), layout, place_of(view, start))
 
 
-def _are_rows(view: np.ndarray, leaf: np.ndarray) -> bool:
-    """Whether a view has neighbours along the leaf's first axis, whole."""
-    return view.shape[1:] == leaf.shape[1:] and view.strides == leaf.strides
+def of_whole_leaf(block: KroneckerBlock) -> KroneckerBlock:
+    """A block of some rows of a leaf, a diagonal factor for them, as one of all: zero for the rest.
+
+    So blocks are of one kind however many rows of a table a sequence takes. Others are given back.
+    """
+    place, (parts, _, o) = block.place, block.layout.sizes
+    if place.size == math.prod(place.shape) or parts > 1 or o == 0 or place.size % o:
+        return block
+    at = block.indices()[0]
+    rows, whole = at[:, 0] // o, np.empty(place.leaf, np.int8)
+    if not np.array_equal(at, o * rows[:, None] + np.arange(o)):
+        return block
+    sizes = (1, place.size // o, o)
+    a = jnp.zeros(sizes[:2], block.a.dtype).at[:, rows].set(block.a)
+    layout = Layout(place.leaf, sizes, ((0,), (1,), (2,)))
+    return KroneckerBlock(a, block.b, layout, place_of(whole, whole))
 
 
 def place_of(view: np.ndarray, leaf: np.ndarray) -> Place:
@@ -301,16 +305,11 @@ def place_of(view: np.ndarray, leaf: np.ndarray) -> Place:
     return Place(offset, view.shape, view.strides, leaf.shape)
 
 
-def diagonal_block(
-    values, view: np.ndarray, start: np.ndarray, shares=1.0, alone: bool = False
-) -> KroneckerBlock:
+def diagonal_block(values, view: np.ndarray, start: np.ndarray, shares=1.0) -> KroneckerBlock:
     """A diagonal block, from its values: of the shape of the weight, a view of the leaf `start`.
 
-    The shares are those of the examples in the whole batch, if the values are of a piece of it. Of
-    a leaf that has no other block, `alone`, it is of the whole: zero where the weight is not.
+    The shares are those of the examples in the whole batch, if the values are of a piece of it.
     """
-    if alone:
-        values, view = place_of(view, start).put(values), start
     layout = Layout(view.shape, (1, view.size, 1), ((0,), (1,), (2,)))
     one = jnp.sum(jnp.asarray(shares, values.dtype)).reshape(1, 1, 1)  # over all pieces
     return KroneckerBlock(values.reshape(1, view.size), one, layout, place_of(view, start))

@@ -280,7 +280,7 @@ def row(name: str, *pullbacks: Callable | None) -> None:
     register(name, LocalRule(pullbacks))
 
 
-def joint(name: str):
+def joint(name: str | Primitive) -> Callable[[_Function], _Function]:
     """Decorator for a row whose one function returns the cotangents of all operands."""
 
     def enter(function: _Function) -> _Function:
@@ -342,9 +342,4 @@ def defrule(name: str | Primitive) -> Callable[[_Function], _Function]:
             f"this JAX ({jax.__version__}) has no primitive called '{name}': use the name that "
             "jax.make_jaxpr prints, or pass the primitive itself"
         )
-
-    def enter(function: _Function) -> _Function:
-        register(name, LocalRule([function], joint=True))
-        return function
-
-    return enter
+    return joint(name)

@@ -219,8 +219,7 @@ class EigenFactors(_Blocks):
         check_not_negative(damping)
 
         def divide(values, x):
-            total = values + jnp.asarray(damping, values.dtype)
-            return jnp.where(total > 0, x / jnp.where(total > 0, total, 1), 0)
+            return _divided(x, values + jnp.asarray(damping, values.dtype))
 
         parts = self._arranged(tree)
         pairs = list(zip(self._all, parts, strict=True))
@@ -292,8 +291,7 @@ class _Factor(NamedTuple):
             least = cholesky.floor(self.size, self.largest)
             return cholesky.inverse(self.x, jnp.maximum(damping, least))
         least = jnp.finfo(self.x.dtype).eps * self.largest
-        total = self.x + jnp.maximum(damping, least)[:, None]
-        return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+        return _divided(1, self.x + jnp.maximum(damping, least)[:, None])
 
 
 def _factors_of(matrices: Sequence) -> list[_Factor]:
@@ -343,12 +341,15 @@ def _with_rest(blocks: tuple, damping) -> tuple:
     rest = np.ones(place.size, bool)
     for block in blocks:
         rest[block.place.indices()] = False
-    dtype = blocks[0].dtype
-    damping = jnp.asarray(damping, dtype)
-    inverse = jnp.where(damping > 0, 1 / jnp.where(damping > 0, damping, 1), 0)
+    inverse = _divided(1, jnp.asarray(damping, blocks[0].dtype))
     whole = np.empty(place.leaf, np.int8)
-    values = jnp.where(rest.reshape(place.leaf), inverse, jnp.zeros((), dtype))
+    values = jnp.where(rest.reshape(place.leaf), inverse, jnp.zeros_like(inverse))
     return (*blocks, diagonal_block(values, whole, whole))
+
+
+def _divided(x, total):
+    """x / total; 0 where the total is not greater than zero."""
+    return jnp.where(total > 0, x / jnp.where(total > 0, total, 1), 0)
 
 
 def _eigen(block: KroneckerBlock) -> EigenBlock:

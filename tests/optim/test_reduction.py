@@ -4,14 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family import (
-    FAMILY,
-    examples,
-    normal,
-    one_step,
-    perceptron,
-    perceptron_params,
-)
+from family import FAMILY, examples, normal, one_step, perceptron, perceptron_params
 from jax.flatten_util import ravel_pytree
 
 import fbackprop as fb
