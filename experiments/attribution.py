@@ -464,6 +464,9 @@ def script(settings: Settings) -> int:
     console.print(f"test accuracy of the {settings.network}: {accuracy:.3f}", soft_wrap=True)
 
     shown = recognised(data, predicted, settings.animals, settings.pick)
+    if len(shown.images) < settings.animals:
+        said = f"animals shown: {len(shown.images)}; of the others no test image is recognised"
+        console.print(said, soft_wrap=True)
     methods = methods_of(settings)
     columns = {
         method.label: np.asarray(maps(apply, method, params, shown)) for method in methods.values()

@@ -126,18 +126,11 @@ def table_of(results: dict[str, dict[str, Ratio]]) -> Table:
     for title in MEASURES.values():
         table.add_column(title, justify="right", overflow="fold")
     for name, ratios in results.items():
-        table.add_row(name, *(_cell(measure, ratios[measure]) for measure in MEASURES))
+        table.add_row(name, *(ratios[measure].said(3) for measure in MEASURES))
     means = (f"{geometric_mean(results, m):.3f}" for m in MEASURES)
     table.add_section()
     table.add_row("geometric mean", *means)
     return table
-
-
-def _cell(measure: str, ratio: Ratio) -> str:
-    """The ratio; with half its interquartile range where it was timed."""
-    if measure in ("run", "trace", "compile"):
-        return f"{ratio.median:.3f} ±{ratio.spread:.3f}"
-    return f"{ratio.median:.3f}"
 
 
 def geometric_mean(results: dict[str, dict[str, Ratio]], measure: str) -> float:

@@ -47,6 +47,9 @@ def run(
     Returns:
         the exit status; errors that a user can mend end in one line on stderr, not a traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # a Greek letter more than they can write is no failure
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         return script(_parse(settings_type, arguments, word))
     except SystemExit as leaving:  # --help

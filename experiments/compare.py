@@ -127,10 +127,13 @@ def validate(settings: Settings) -> None:
         raise UsageError("--optimizers takes one or more optimizers, each of them once")
     searched = {key for chosen in settings.optimizers for key in OPTIMIZERS[chosen].ranges}
     for name in ("learning_rates", "dampings"):
-        if getattr(settings, name) == ():
-            raise UsageError(f"--{name.replace('_', '-')} takes one or more numbers")
-        if getattr(settings, name) and name.removesuffix("s") not in searched:
-            raise UsageError(f"--{name.replace('_', '-')} concerns none of these optimizers")
+        values, option = getattr(settings, name), f"--{name.replace('_', '-')}"
+        if values is None:
+            continue
+        if not values or len(set(values)) < len(values):
+            raise UsageError(f"{option} takes one or more numbers, each of them once")
+        if name.removesuffix("s") not in searched:
+            raise UsageError(f"{option} concerns none of these optimizers")
     most = max(len(settings_of(settings, OPTIMIZERS[o])) for o in settings.optimizers)
     if most > settings.trials:
         raise UsageError(

@@ -1,7 +1,7 @@
 """The documentation's page on coverage: how the sweep goes back through every primitive.
 
 python -m experiments.coverage           # print it
-python -m experiments.coverage --write   # to docs/coverage.md
+python -m experiments.coverage --write   # to docs/coverage.md, or where --to says
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax
 
 import fbackprop as fb
 from experiments import command
+from experiments.command import UsageError
 
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 
@@ -26,7 +27,7 @@ class Settings:
     write: bool = False
     """Write the page instead of printing it."""
     to: Path = PAGE
-    """Where to write it."""
+    """Where to write it, with --write."""
 
 
 def page() -> str:
@@ -58,6 +59,8 @@ def _place(row: fb.PrimitiveCoverage) -> str:
 
 def script(settings: Settings) -> int:
     """Print or write the page."""
+    if settings.to != PAGE and not settings.write:
+        raise UsageError("--to says where to write the page: give --write, too")
     if settings.write:
         settings.to.write_text(page())
     else:

@@ -62,8 +62,11 @@ def search(path: Path, outcomes: Sequence[Outcome]) -> None:
             _draw_search(panel, outcome, most)
         ends = np.concatenate([np.stack(outcome.final) for outcome in searched], axis=None)
         ends = ends[(ends < most) & (ends > 0)]
-        limits = (ends.min() / 1.5, 1.5 * ends.max()) if ends.size else (0.1, 1)
-        panels[0, 0].set_ylim(*limits)
+        if ends.size:
+            margin = max(1.5, (ends.max() / ends.min()) ** 0.05)
+            panels[0, 0].set_ylim(ends.min() / margin, margin * ends.max())
+        else:
+            panels[0, 0].set_ylim(0.1, 1)
         for row in panels:
             row[0].set_ylabel("last training loss")
         figure.savefig(path, dpi=200)

@@ -15,23 +15,28 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """One over the other: median of paired ratios, their quartiles, the other's median itself."""
+    """One over the other: median of paired ratios, their quartiles, the other's median itself.
+
+    ``pairs`` is of how many.
+    """
 
     median: float
     lower: float
     upper: float
     reference: float
+    pairs: int
 
     @classmethod
     def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
         ratios = np.array(ours) / np.maximum(np.array(theirs), 1e-12)
         lower, median, upper = np.quantile(ratios, [0.25, 0.5, 0.75])
-        return cls(float(median), float(lower), float(upper), statistics.median(theirs))
+        middle = statistics.median(theirs)
+        return cls(float(median), float(lower), float(upper), middle, len(ratios))
 
-    @property
-    def spread(self) -> float:
-        """Half the distance between the quartiles."""
-        return (self.upper - self.lower) / 2
+    def said(self, digits: int) -> str:
+        """The median ± half the distance between the quartiles; of one pair, the ratio alone."""
+        spread = f" ±{(self.upper - self.lower) / 2:.{digits}f}" if self.pairs > 1 else ""
+        return f"{self.median:.{digits}f}{spread}"
 
 
 def alternate(

@@ -253,8 +253,7 @@ def _times(measured: Measured | None) -> str:
         return ""
     if measured.time is None:
         return "–"
-    digits = 2 if measured.time.median < 10 else 1
-    return f"{measured.time.median:.{digits}f} ±{measured.time.spread:.{digits}f}"
+    return measured.time.said(2 if measured.time.median < 10 else 1)
 
 
 def _memory(measured: Measured | None) -> str:

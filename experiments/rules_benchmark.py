@@ -113,7 +113,7 @@ def script(settings: Settings) -> int:
     for name, rules in track(cases, "measuring", console=console, disable=not console.is_terminal):
         ratios = measure(name, rules, settings)
         found.setdefault(name, {})[rules] = {m: dataclasses.asdict(r) for m, r in ratios.items()}
-        cells = (f"{ratios[m].median:.3f} ±{ratios[m].spread:.3f}" for m in MEASURES)
+        cells = (ratios[m].said(3) for m in MEASURES)
         table.add_row(name, rules, *cells)
     console.print(table)
     (settings.out / "rules.json").write_text(json.dumps(found, indent=2) + "\n")

@@ -57,9 +57,10 @@ def sweep(
     Returns:
       ``sweep(params, (inputs, targets), *further, weights=None, key=None)``: a dict of the "loss"
       and the quantities. Inputs, targets, further inputs and the `weights` of examples, shape (N,),
-      have a leading axis of N examples. One of weight zero is gone through as well: its numbers
-      must be finite. The key is for the model, if it takes one, and for quantities that sample. It
-      may be jit-ted, and mapped over by `vmap`.
+      have a leading axis of N examples. Weights must not be negative, nor all of them zero for a
+      mean, which under `jit` is not a number then. An example of weight zero is gone through as
+      well: its numbers must be finite. The key is for the model, if it takes one, and for
+      quantities that sample. It may be jit-ted, and mapped over by `vmap`.
 
     Raises:
       ValueError: for a batch whose leading axes differ, a loss that is no scalar, or a missing key.
@@ -103,7 +104,11 @@ def sweep(
         examples = examples_of(batch, further, weights, key, has_key)
         names = any(q.names for q in quantities.values())
         tapped = tapped_model(model, params, examples.inputs, table, has_key, names, changes)
-        total = 1.0 if reduction == "mean" else total_weight(weights, len(examples.shares))
+        total = 1.0
+        if reduction == "sum":  # over examples that all weigh nothing it is zero, and no mean is
+            total = total_weight(weights, len(examples.shares))
+            if weights is not None:
+                examples = examples._replace(shares=jnp.where(total == 0, 0.0, examples.shares))
         even = 1 / len(examples.shares) if weights is None else None
         kinds = {name: hashable(q.columns) for name, q in quantities.items()}
         task = _Task(tapped, loss, quantities, kinds, params, total, even, set())

@@ -111,7 +111,7 @@ class SpectralDensity(NamedTuple):
         def quadrature(row: tuple[jax.Array, jax.Array]) -> jax.Array:
             nodes, weights = row
             # `where`, because 0 · −inf is NaN and a node of no weight must not count.
-            return jnp.sum(jnp.where(weights > 0, weights * function(nodes), 0.0))
+            return jnp.sum(jnp.where(weights == 0, 0.0, weights * function(nodes)))
 
         whole = self.weights * self.weights.shape[0]
         return _average(quadrature, (self.nodes, whole), jnp.zeros((), whole.dtype))

@@ -242,10 +242,15 @@ def memoized(function):
 
 def trace_jaxpr(function: Callable, avals: Sequence, name: str = "fbackprop"):
     """Trace a flat function (arrays in, list of arrays out); returns the closed jaxpr."""
+    return _without_references(_traced(function, avals, name))
+
+
+def _traced(function: Callable, avals: Sequence, name: str = "fbackprop"):
+    """The same with the references that it makes."""
     info = api_util.debug_info(name, function, tuple(avals), {})
     wrapped = linear_util.wrap_init(function, debug_info=info)
     jaxpr, _, consts = partial_eval.trace_to_jaxpr_dynamic(wrapped, tuple(avals))
-    return _without_references(close(jaxpr, consts))
+    return close(jaxpr, consts)
 
 
 def close(jaxpr, consts=()):
@@ -432,6 +437,16 @@ class _Watched(core.Tracer):
         return self
 
 
+class _Reference(core.Tracer):
+    """A reference that a watched function made, with what it holds: watched, or a plain value."""
+
+    __slots__ = ("content",)
+
+    def __init__(self, trace, aval, content):
+        super().__init__(trace, aval)
+        self.content = content
+
+
 class _WatchingTrace(core.Trace):
     """Runs what it is given in the surrounding trace, and notes the equations."""
 
@@ -464,14 +479,17 @@ class _WatchingTrace(core.Trace):
             env.update(zip(one.jaxpr.invars, values, strict=True))
             names = dict(zip(one.jaxpr.invars, map(self._variable, args), strict=True))
             self.constants += zip(one.jaxpr.constvars, getattr(one, "consts", ()), strict=True)
+            still = set()
             for eqn in one.jaxpr.eqns:
                 inputs = [names.get(v, v) if isinstance(v, Var) else v for v in eqn.invars]
                 outs = Equation(eqn).bind(*(read(env, v) for v in eqn.invars))
                 env.update(zip(eqn.outvars, outs, strict=True))
                 self.equations.append(Equation(eqn.replace(invars=inputs, source_info=here)))
+                if _has_no_derivative(eqn.primitive):
+                    still.update(eqn.outvars)
         return [
             _Watched(self, names.get(v, v), env[v])
-            if isinstance(v, Var) and is_inexact(v.aval)
+            if isinstance(v, Var) and v not in still and is_inexact(v.aval)
             else read(env, v)
             for v in one.jaxpr.outvars
         ]
@@ -484,10 +502,35 @@ class _WatchingTrace(core.Trace):
         return variable
 
     def process_primitive(self, primitive, args, params, /):
-        outs = self._apply(lambda *xs: primitive.bind(*xs, **params), args)
-        if not any(map(self._is_mine, args)) or primitive.multiple_results:
-            return outs
-        return outs[0]
+        if primitive is core.ref_p:
+            aval, _ = primitive.abstract_eval(type_of(args[0]), **params)
+            return _Reference(self, aval, args[0])
+        held = [isinstance(x, _Reference) and x._trace is self for x in args]
+        if primitive is core.freeze_p and any(held):
+            return args[0].content
+
+        def function(*xs):
+            return primitive.bind(*xs, **params)
+
+        if any(held):
+            outs = self._with_references(function, args, held)
+        else:
+            outs = self._apply(function, args)
+            if not any(map(self._is_mine, args)):
+                return outs
+        return outs if primitive.multiple_results else outs[0]
+
+    def _with_references(self, function, args, held: Sequence[bool]) -> list:
+        """Apply what reads or writes references, some of the arguments, to what they hold."""
+        one = _traced(lambda *xs: _as_list(function(*xs)), list(map(type_of, args)))
+        pure = program_of(discharge.discharge_state(one, should_discharge=held, lower=False))
+        contents = [x.content if h else x for x, h in zip(args, held, strict=True)]
+        outs = self._apply(functools.partial(_evaluated, pure), contents)
+        references = [x for x, h in zip(args, held, strict=True) if h]
+        n = len(outs) - len(references)
+        for reference, content in zip(references, outs[n:], strict=True):
+            reference.content = content
+        return outs[:n]
 
     def stage_value(self, value):
         with core.set_current_trace(self.parent):
@@ -603,6 +646,16 @@ class Recorded(Equation):
 
     def stage(self, *values) -> list:
         return super().bind(*values)
+
+
+def _evaluated(program: Program, *values) -> list:
+    return evaluate(program, values)
+
+
+def _has_no_derivative(primitive) -> bool:
+    """Whether all its results are constants to JAX: those of `stop_gradient`, or of `floor`."""
+    rule = ad.primitive_jvps.get(primitive)
+    return primitive is ad_util.stop_gradient_p or getattr(rule, "func", None) is ad.zero_jvp
 
 
 def _as_list(out) -> list:

@@ -372,6 +372,8 @@ def test_estimates_keep_the_leaves_dtypes_and_calculate_in_the_widest():
 def test_products_that_are_not_finite_show():
     found = compiled(top_eigenpairs, 5)(np.full((P, P), np.nan), jax.random.key(0))
     assert np.all(np.isnan(found.values))
+    density = estimators.SpectralDensity(jnp.ones((1, 3)), jnp.array([[0.5, np.nan, 0.5]]))
+    assert np.isnan(density.mean(jnp.log).value)
 
 
 VECTOR = jnp.zeros(3, jnp.float32)

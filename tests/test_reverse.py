@@ -247,6 +247,42 @@ def test_references():
     assert outside[...] == 10.0
 
 
+def test_references_of_a_function_that_looks_at_values():
+    def f(x, n=3):
+        ref = jax.new_ref(jnp.zeros(3))
+        ref[...] = x * 3 if x[0] > 0 else x
+        ref[1] += jnp.prod(x)
+
+        def step(i, carry):
+            ref[i] = ref[i] ** 2 + jnp.sin(carry)
+            return ref[i]
+
+        last = jax.jit(lambda: lax.fori_loop(0, n, step, x[2]))()
+        untouched = jax.new_ref(jnp.ones(2))
+        return jnp.sum(jax.freeze(ref) ** 2) * last if untouched[0] > 0 else last
+
+    x = jnp.arange(1.0, 4.0) / 3
+    assert_close(fb.grad(f)(x), jax.grad(f)(x), scale=10)
+    assert_close(fb.record(f)(x).gradients[0], jax.grad(f)(x), scale=10)
+    second = [jax.jvp(lib.grad(f), (x,), (jnp.cos(x),))[1] for lib in (fb, jax)]
+    assert_close(*second, scale=100)
+
+
+@pytest.mark.parametrize(
+    "constant", [lax.stop_gradient, lambda x: jnp.floor(x * 2)], ids=["stopped", "rounded"]
+)
+def test_what_has_no_derivative_is_a_plain_array(constant):
+    """NumPy may read it, as under `jax.grad`."""
+
+    def f(x):
+        order = np.argsort(np.asarray(constant(x)), kind="stable")
+        return jnp.sum(x[order] * jnp.arange(3.0)) * float(constant(x[1])) + constant(x)[2]
+
+    x = jnp.array([0.3, 1.2, -0.4])
+    assert_close(fb.grad(f)(x), jax.grad(f)(x))
+    assert_close(*(jax.grad(lambda x, lib=lib: lib.grad(f)(x)[0])(x) for lib in (fb, jax)))
+
+
 @jax.custom_vjp
 def stash(ref, x):
     return x
@@ -424,6 +460,21 @@ def test_gradients_lie_as_their_arguments_do(name):
         ours, theirs = (jax.jit(lib.grad(f, (0, 1)))(x, w) for lib in (fb, jax))
     assert_close(ours, theirs, scale=10)
     assert [str(jax.typeof(a)) for a in ours] == [str(jax.typeof(a)) for a in theirs]
+
+
+def test_sorting_sharded_arrays():
+    """Beside the same on one device: some releases of JAX refuse it on a mesh."""
+    mesh = two_devices(AxisType.Explicit)
+
+    def f(x):
+        key = (x * 7).astype(np.int32)  # of integers, which have no cotangent
+        return jnp.sum(lax.sort((key, x), dimension=1, num_keys=1)[1] ** 3 * jnp.sort(-x, 1))
+
+    x = jnp.sin(jnp.arange(12.0)).reshape(4, 3)
+    with jax.set_mesh(mesh):
+        found = fb.grad(f)(jax.device_put(x, jax.NamedSharding(mesh, P("i"))))
+    assert found.sharding.spec[0] == "i"
+    assert_close(np.asarray(found), jax.grad(f)(x))
 
 
 def test_an_unsharded_constant_among_sharded_arrays():

@@ -92,6 +92,7 @@ class DualGaussNewton(Curvature):
             return self._solved(tree, damping)
 
     def _solved(self, tree, damping):
+        damping = jnp.maximum(damping, 0)  # of a schedule: what is known to be negative is refused
         gram = self.gram()
         floats = [d for d in (*self.space.dtypes, gram.dtype) if jnp.issubdtype(d, jnp.floating)]
         coarsest = max(float(jnp.finfo(d).eps) for d in floats)

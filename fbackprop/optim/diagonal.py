@@ -36,7 +36,8 @@ class DiagonalState(NamedTuple):
       mean: running average of the gradient, like the parameters.
       diagonal: running average of the diagonal, like the parameters.
       measured: how many measurements the diagonal's average is of.
-      skipped: how many steps were left out because the gradient was not finite.
+      skipped: how many steps were left out because they, or the gradient, were not finite, or the
+        damping was below zero.
     """
 
     steps: jax.Array
@@ -113,17 +114,19 @@ def diagonal_gauss_newton(
         before = state.diagonal, state.measured
         is_time = (state.steps % every == 0) | (state.measured == 0)
         diagonal, count = lax.cond(is_time, measured, lambda: before)
-        finite = is_finite(updates) & (count > 0)
-        moment = optax.tree.update_moment(updates, state.mean, momentum, 1)
-        mean = where(finite, optax.tree.cast_like(moment, state.mean), state.mean)
-        skipped = state.skipped + jnp.where(finite, 0, 1)
+        mean = optax.tree.update_moment(updates, state.mean, momentum, 1)
+        mean = optax.tree.cast_like(mean, state.mean)
+        given = at_step(damping, state.steps)
         h = optax.tree.bias_correction(diagonal, decay, jnp.maximum(count, 1))
-        m = optax.tree.bias_correction(mean, momentum, jnp.maximum(state.steps + 1 - skipped, 1))
-        step = Diagonal(h).solve(m, at_step(damping, state.steps))
+        m = optax.tree.bias_correction(mean, momentum, state.steps + 1 - state.skipped)
+        step = Diagonal(h).solve(m, given)
         if clip is not None:
             step = jax.tree.map(lambda x: jnp.clip(x, -clip, clip), step)
+        usable = is_finite(updates, step) & (count > 0) & (given >= 0)
+        mean = where(usable, mean, state.mean)
+        skipped = state.skipped + jnp.where(usable, 0, 1)
         after = DiagonalState(state.steps + 1, mean, diagonal, count, skipped)
-        return zero_unless(finite, step), after
+        return zero_unless(usable, step), after
 
     transformation = optax.GradientTransformationExtraArgs(init, update)
     return with_learning_rate(who, transformation, learning_rate)

@@ -133,10 +133,11 @@ def _sort(cts, xs, eqn):
     """Cotangents go back along the permutation that sorted."""
     p = eqn.params
     axis, n_keys = p["dimension"], p["num_keys"]
-    iota = lax.broadcasted_iota(np.int32, xs[0].shape, axis)
+    inexact = [is_inexact(aval) for aval in eqn.in_avals]
+    lies = sharding_of(eqn.in_avals[inexact.index(True)])
+    iota = lax.broadcasted_iota(np.int32, xs[0].shape, axis, out_sharding=lies)
     *_, order = lax.sort((*xs, iota), dimension=axis, is_stable=p["is_stable"], num_keys=n_keys)
     # Sorting the order itself gives the inverse permutation, and carries the cotangents along.
-    inexact = [is_inexact(aval) for aval in eqn.in_avals]
     moved = lax.sort(
         (order, *(ct for ct, i in zip(cts, inexact, strict=True) if i)), dimension=axis, num_keys=1
     )

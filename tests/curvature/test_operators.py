@@ -295,6 +295,12 @@ def test_the_dual_solution_without_curvature(damping):
     np.testing.assert_allclose(rows.primal().solve(x[0], damping), x[0] / damping)
 
 
+def test_a_traced_damping_below_zero_is_none_in_the_dual_space():
+    rows = rows_of(jnp.dot, fb.losses.squared_error, jnp.zeros(5), (jnp.eye(2, 5), jnp.ones(2)))
+    solve = jax.jit(lambda damping: rows.solve(jnp.ones(5), damping))
+    np.testing.assert_array_equal(solve(-0.5), solve(0.0))
+
+
 @pytest.mark.slow
 def test_images_have_the_dtypes_of_what_they_are_of():
     """Factors of data in double precision have it, too."""

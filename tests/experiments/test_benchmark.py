@@ -14,6 +14,8 @@ from experiments.programs import PROGRAMS, build
 def test_ratio_is_the_median_of_pairs():
     ratio = benchmark.Ratio.of([1.0, 4.0, 9.0], [2.0, 4.0, 6.0])
     assert (ratio.lower, ratio.median, ratio.upper, ratio.reference) == (0.75, 1.0, 1.25, 4.0)
+    assert ratio.said(2) == "1.00 ±0.25"
+    assert benchmark.Ratio.of([1.0], [2.0]).said(2) == "0.50"
 
 
 @pytest.mark.slow

@@ -408,6 +408,7 @@ def test_every_problem_fits_together(name):
         (["--passes", "nan"], "--passes must be greater than 0"),
         (["--learning-rates", "0.1", "-1"], "--learning-rates must be greater than 0"),
         (["--dampings"], "--dampings takes one or more"),
+        (["--learning-rates", "1", "1"], "each of them once"),
         (["--passes", "1", "--steps", "1"], "leave one out"),
         (["--seed", "-1"], "--seed must be"),
         (["--seed", "2147483646"], "--seed must be"),

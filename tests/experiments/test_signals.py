@@ -225,6 +225,12 @@ def test_a_run_leaves_table_numbers_and_figure(tmp_path, capsys):
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
+def test_the_signals_are_of_single_precision_whatever_jax_is_set_to(tmp_path):
+    chosen = ["--activations", "relu", "--initialisations", "he", "--scales", "1"]
+    with jax.enable_x64(True):
+        assert signals.main([*QUICK, *chosen, "--out", str(tmp_path)]) == 0
+
+
 @pytest.mark.slow
 def test_signals_that_are_all_zero_are_reported_not_fatal(tmp_path, capsys):
     chosen = ["--activations", "relu", "--initialisations", "--scales", "0.001"]

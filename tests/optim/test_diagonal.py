@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fbackprop as fb
@@ -27,3 +28,25 @@ def test_batches_that_are_left_out_leave_the_averages_as_they_are(every, momentu
     expected, _, _ = step(W, optimizer.init(W), (X, Y))
     np.testing.assert_allclose(after - W, expected - W, rtol=1e-4)
     assert info["skipped"] == 2
+
+
+@pytest.mark.parametrize(
+    ("damping", "dtype"), [(lambda t: t * jnp.nan, "float32"), (lambda t: -0.5 - t, "float32"),
+                           (1e-7, "float16")],
+    ids=["nan", "negative", "overflow"],
+)  # fmt: skip
+def test_its_own_step_that_is_of_no_use_is_left_out_and_counted(damping, dtype):
+    """A slope of 30 by no curvature is more than float16 holds."""
+    optimizer = fb.optim.diagonal_gauss_newton(
+        0.1, damping, clip=None, every=1, curvature=fb.GGNDiagonal()
+    )
+    loss = {"float32": fb.losses.squared_error, "float16": lambda z, y: z * y}[dtype]
+    params = jnp.full(2, 0.5, dtype)
+    batch = jnp.array([[1.0, 0.0]], dtype), jnp.full(1, 30.0, dtype)
+    problem = fb.Objective(jnp.dot, loss, params, batch)
+    _, gradient = problem.value_and_gradient()
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for skipped in (1, 2):
+        updates, state = update(gradient, state, params, objective=problem)
+        assert not np.any(updates)
+        assert optax.tree.get(state, "skipped") == skipped

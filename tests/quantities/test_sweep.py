@@ -122,6 +122,15 @@ def test_a_summed_loss_sums_gradient_and_curvature(whole):
         assert_close(a.dense(), 6.5 * b.dense(), 1e-12)
 
 
+def test_a_sum_over_examples_of_no_weight_is_zero():
+    """As of a batch that is all padding; where the weights are known it is refused."""
+    sweep = fb.sweep(linear, SQUARED, reduction="sum", g=fb.Gradient(), d=fb.GGNDiagonal())
+    run = jax.jit(jax.vmap(lambda weights: sweep(W, (X, Y), weights=weights)))
+    found = run(jnp.stack([jnp.zeros(4), jnp.ones(4)]))
+    unweighted = jax.jit(sweep)(W, (X, Y))
+    assert_close(found, jax.tree.map(lambda x: jnp.stack([jnp.zeros_like(x), x]), unweighted))
+
+
 @pytest.mark.parametrize("quantity", [fb.GGNDiagonal, fb.FisherDiagonal, fb.HessianDiagonal])
 def test_each_examples_curvature_is_its_own(quantity):
     run = {
