@@ -444,20 +444,25 @@ def test_elements_that_no_prediction_depends_on(vectors):
     params = {name: jnp.ones(shape) for name, shape in shapes.items()}
     x = jax.random.normal(jax.random.key(0), (5, 2, 3))
     kind = fb.Kronecker(vectors=vectors)
-    found = fb.sweep(model, fb.losses.squared_error, k=kind, d=fb.GGNDiagonal())(
-        params, (x, jnp.zeros((5, 2)))
-    )
-    factors, ones = fb.KroneckerFactors(found["k"]), jax.tree.map(jnp.ones_like, params)
-    without = jax.tree.map(lambda d: d == 0, found["d"])
-    solved, inverted = factors.solve(ones, 0.1), factors.inverse(0.1).matvec(ones)
+    sweep = fb.sweep(model, fb.losses.squared_error, k=kind, d=fb.GGNDiagonal())
+
+    @jax.jit
+    def solutions(params, batch):
+        found, ones = sweep(params, batch), jax.tree.map(jnp.ones_like, params)
+        factors = fb.KroneckerFactors(found["k"])
+        solved = [factors.solve(ones, 0.1), *(factors.inverse(d).matvec(ones) for d in (0.1, 0.0))]
+        return found["d"], factors.diagonal(), *solved
+
+    exact, diagonal, solved, inverted, undamped = solutions(params, (x, jnp.zeros((5, 2))))
+    without = jax.tree.map(lambda d: d == 0, exact)
     for name in params:
         zero = without[name]
         np.testing.assert_allclose(solved[name][zero], 10)
         if name != "positions":  # of which the rows share a factor, and so its damping
             np.testing.assert_allclose(inverted[name][zero], 10)
         assert jnp.all(inverted[name] > 0)
-    assert not jnp.any(factors.inverse(0.0).matvec(ones)["other"])
-    naive.assert_close(factors.diagonal()["scale"], found["d"]["scale"])
+    assert not jnp.any(undamped["other"])
+    naive.assert_close(diagonal["scale"], exact["scale"])
 
 
 def test_inverses_of_several_matrices():
