@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -126,10 +126,9 @@ def check_grads(f: Callable, *args, samples: int = 16, seed: int = 0) -> Gradien
         return loss
 
     rng = np.random.default_rng(seed)
-    compiled, outs = _tried(f, args)
     shapes = [
         out.shape
-        for out in map(type_of, jax.tree.leaves(outs))
+        for out in map(type_of, jax.tree.leaves(_results(f, args)))
         if jax.dtypes.issubdtype(out.dtype, np.inexact)
     ]
     vector = [rng.standard_normal(shape) if shape else np.ones(()) for shape in shapes]
@@ -141,8 +140,9 @@ def check_grads(f: Callable, *args, samples: int = 16, seed: int = 0) -> Gradien
         return value, pullback(jnp.ones_like(value))[0]
 
     with jax.default_matmul_precision("highest"):  # accelerators' default is coarser than float32
-        value, ours = compiled(ours_of)(at)
-        theirs = compiled(jax.grad(loss))(at)
+        compiled, (ours_of, theirs_of) = _compiled(at, ours_of, jax.grad(loss))
+        value, ours = ours_of(at)
+        theirs = theirs_of(at)
     differences = _central_differences(loss, at, float(value), samples, rng, compiled)
     rows = []
     for i, x, a, b, diff in zip(moving, at, ours, theirs, differences, strict=True):
@@ -187,20 +187,27 @@ def _errors(ours, theirs, whole=None) -> tuple[float, float]:
     return float(gap.max()), float(gap.max() / largest)
 
 
-# What a tracer says that was asked for its value.
-_LOOKED_AT = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-)
+# What looks at values runs as it is: asked for one, a tracer gives errors of many types. A function
+# that is wrong says so again.
 
 
-def _tried(f: Callable, args):
-    """How to compile functions of `f`, and what it returns; what looks at values runs as it is."""
+def _results(f: Callable, args):
+    """What `f` returns, or its types."""
     try:
-        return jax.jit, jax.eval_shape(f, *args)
-    except _LOOKED_AT:
-        return lambda function: function, f(*args)
+        return jax.eval_shape(f, *args)
+    except Exception:
+        return f(*args)
+
+
+def _compiled(at, *functions: Callable) -> tuple[Callable, Sequence[Callable]]:
+    """How to compile functions of this kind, and these compiled."""
+    compiled = [jax.jit(function) for function in functions]
+    try:
+        for function in compiled:
+            jax.eval_shape(function, at)  # traced once for this and for the call
+    except Exception:
+        return lambda function: function, functions
+    return jax.jit, compiled
 
 
 def _central_differences(loss, at, value, samples, rng, compiled):

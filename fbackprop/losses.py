@@ -90,7 +90,8 @@ def softmax_cross_entropy(logits: ArrayLike, target: ArrayLike) -> jax.Array:
             "give them a last axis of one logit per class"
         )
     if jnp.issubdtype(target.dtype, jnp.integer) and target.shape == logits.shape[:-1]:
-        labels = target.astype(jnp.promote_types(target.dtype, jnp.int32))  # may hold fewer numbers
+        narrow = target.dtype.itemsize < 4  # and may hold fewer numbers than there are classes
+        labels = target.astype(jnp.int32) if narrow else target
         target = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     elif not jnp.issubdtype(target.dtype, jnp.floating) or target.shape != logits.shape:
         raise ValueError(

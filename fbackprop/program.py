@@ -479,17 +479,15 @@ class _WatchingTrace(core.Trace):
             env.update(zip(one.jaxpr.invars, values, strict=True))
             names = dict(zip(one.jaxpr.invars, map(self._variable, args), strict=True))
             self.constants += zip(one.jaxpr.constvars, getattr(one, "consts", ()), strict=True)
-            still = set()
+            moving = _moving(one.jaxpr, list(map(self._is_mine, args)))
             for eqn in one.jaxpr.eqns:
                 inputs = [names.get(v, v) if isinstance(v, Var) else v for v in eqn.invars]
                 outs = Equation(eqn).bind(*(read(env, v) for v in eqn.invars))
                 env.update(zip(eqn.outvars, outs, strict=True))
                 self.equations.append(Equation(eqn.replace(invars=inputs, source_info=here)))
-                if _has_no_derivative(eqn.primitive):
-                    still.update(eqn.outvars)
         return [
             _Watched(self, names.get(v, v), env[v])
-            if isinstance(v, Var) and v not in still and is_inexact(v.aval)
+            if isinstance(v, Var) and v in moving and is_inexact(v.aval)
             else read(env, v)
             for v in one.jaxpr.outvars
         ]
@@ -650,6 +648,22 @@ class Recorded(Equation):
 
 def _evaluated(program: Program, *values) -> list:
     return evaluate(program, values)
+
+
+def _moving(jaxpr, inputs: Sequence[bool]) -> set[Var]:
+    """The variables that have derivatives in these inputs, as JAX sees it."""
+    moving = {v for v, moves in zip(jaxpr.invars, inputs, strict=True) if moves}
+    for eqn in jaxpr.eqns:
+        operands = [isinstance(v, Var) and v in moving for v in eqn.invars]
+        if not any(operands) or _has_no_derivative(eqn.primitive):
+            continue
+        if eqn.primitive.name == "jit":
+            body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+            within, outs = _moving(body, operands), zip(eqn.outvars, body.outvars, strict=True)
+            moving.update(v for v, out in outs if isinstance(out, Var) and out in within)
+        else:
+            moving.update(eqn.outvars)
+    return moving
 
 
 def _has_no_derivative(primitive) -> bool:

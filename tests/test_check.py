@@ -86,6 +86,21 @@ def test_functions_that_look_at_values():
     assert fb.check_grads(lambda x, i: [2 * x, x**2][i], 3.0, np.array(1)).ok
     assert fb.check_grads(lambda x, i: x * np.asarray(i), 3.0, jnp.array(2)).ok
     assert not fb.check_grads(wrong_where_positive, 3.0).ok
+    x = jnp.array([0.3, 1.2, -0.4])
+    assert fb.check_grads(lambda x: jnp.sum(x[x > 0] ** 2), x).ok
+    assert fb.check_grads(lambda x: x**2 if f"{lax.stop_gradient(x[0]):.1f}" else 0 * x, x).ok
+    assert fb.check_grads(squared, x).ok
+    with pytest.raises(TypeError, match="incompatible shapes"):  # what is wrong either way
+        fb.check_grads(lambda x: x + jnp.ones(2), x)
+
+
+@jax.custom_vjp
+def squared(x):
+    """Of its halves the backward one alone looks at values."""
+    return x**2
+
+
+squared.defvjp(lambda x: (x**2, x), lambda x, ct: (2 * x * ct if x[0] > -9 else ct,))
 
 
 @jax.custom_vjp

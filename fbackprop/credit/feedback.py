@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from fbackprop.credit.products import meets_weight
+from fbackprop.program import value_of
 from fbackprop.rewrite import Broadcast, Severed, Twinned
 
 
@@ -101,12 +102,13 @@ def kolen_pollack(params, feedback, updates, decay: float = 0.0):
     Args:
       params, feedback: pytrees of the same structure.
       updates: what an optimizer would add to the parameters.
-      decay: λ per step.
+      decay: λ per step; it may be traced.
 
     Returns:
       ``(params, feedback)``, updated.
     """
-    if not 0 <= decay < 1:
+    known = value_of(decay)
+    if known is not None and not 0 <= known < 1:
         raise ValueError(f"decay={decay}: give a fraction per step, from 0 to below 1")
 
     def step(x, u):

@@ -32,9 +32,9 @@ from fbackprop.rewrite import Anywhere, Seen
 
 ACTIVATIONS = frozenset(
     """
-    abs acos acosh asin asinh atan atanh cbrt clamp cos cosh digamma erf erf_inv erfc exp exp2 expm1
-    integer_pow lgamma log log1p logistic max min one_minus_square pow rem round sign sin sinh
-    square tan tanh ceil floor
+    abs acos acosh asin asinh atan atan2 atanh cbrt ceil clamp cos cosh digamma erf erf_inv erfc exp
+    exp2 expm1 floor integer_pow lgamma log log1p logistic max min one_minus_square polynomial pow
+    rem round sign sin sinh square tan tanh
     """.split()
 )
 CALLS = frozenset(("jit", "custom_jvp_call", "closed_call", "custom_vjp_call"))
@@ -214,13 +214,12 @@ def _is(primitives) -> Callable[[Seen], bool]:
 
 
 def _is_activation(eqn: Seen) -> bool:
-    """Whether every element of the result depends on one of the operand."""
+    """Whether every element of the result depends on one of each operand of its shape."""
     if eqn.primitive.name in ACTIVATIONS:
         return True
-    if eqn.primitive.name not in CALLS or eqn.arity != 1 or len(eqn.outputs) != 1:
+    if eqn.primitive.name not in CALLS or len(eqn.outputs) != 1:
         return False
-    same = eqn.in_avals[0].shape == eqn.out_avals[0].shape
-    return same and all(map(_is_elementwise, bodies(eqn)))
+    return all(map(_is_elementwise, bodies(eqn)))
 
 
 def _is_elementwise(program: Program) -> bool:
@@ -241,6 +240,8 @@ def _activation(ct, xs, out, default, active):
     x = xs[active.index(True)]
     by_default = default(ct)
     by_default = by_default if len(active) == 1 else by_default[active.index(True)]
+    if by_default is None:  # of a step
+        by_default = jnp.zeros_like(x)
     is_zero = jnp.abs(x) < TINY
     ratio = jnp.clip(out / jnp.where(is_zero, jnp.ones_like(x), x), -LARGEST, LARGEST)
     found = jnp.where(is_zero, by_default, ct * ratio)

@@ -101,8 +101,8 @@ def clipped(*names: Any, max_norm: float) -> dict:
     """
     _check_named("clipped", names)
     known = value_of(max_norm)
-    if known is not None and not known > 0:
-        raise ValueError(f"max_norm={max_norm}: give a positive norm")
+    if jnp.ndim(max_norm) or known is not None and not known > 0:
+        raise ValueError(f"max_norm={max_norm}: give a positive norm, one number")
 
     def rule(max_norm, ct):
         signal = wide(ct)

@@ -91,6 +91,8 @@ def test_clipping_a_named_signal():
     np.testing.assert_array_equal(same, full)
     with pytest.raises(ValueError, match="max_norm=0"):
         fb.credit.clipped("h", max_norm=0)
+    with pytest.raises(ValueError, match="one number"):
+        fb.credit.clipped("h", max_norm=jnp.ones(3))
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e20, 1e38])

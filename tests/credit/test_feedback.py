@@ -147,7 +147,7 @@ def test_kolen_pollack_brings_feedback_and_weights_together():
     def step(w, b, state):
         g = fb.grad(loss, rules=fb.credit.feedback_alignment(b))(w, x, y)
         updates, state = optimizer.update(g, state)
-        return *fb.credit.kolen_pollack(w, b, updates, decay=0.05), state
+        return *fb.credit.kolen_pollack(w, b, updates, decay=jnp.float32(0.05)), state
 
     w, b, state = W, B, optimizer.init(W)
     for _ in range(100):

@@ -88,6 +88,34 @@ def test_bad_settings(make, message):
         make()
 
 
+@pytest.mark.parametrize("step", [jnp.sign, jnp.round, jnp.floor, jnp.ceil, jnp.trunc])
+def test_steps_hand_their_relevance_on(step):
+    """They have no derivative, but an element of the result is still one of the operand's doing."""
+    x, w = jnp.array([0.6, -1.4, 2.2]), jnp.array([1.0, 2.0, 3.0])
+    for rules in (fb.credit.epsilon(), fb.credit.gamma(), fb.credit.alpha_beta()):
+        found = fb.credit.relevance(lambda x: step(x) @ w, x, rules)
+        np.testing.assert_allclose(jnp.sum(found), step(x) @ w, rtol=1e-5)
+    found = fb.credit.relevance(lambda x: step(x) @ w, x)
+    np.testing.assert_allclose(found, step(x) * w, rtol=1e-5, atol=1e-5)
+
+
+ELEMENTWISE = {
+    "logaddexp": lambda h: jnp.logaddexp(h, 0.0),
+    "hypot": lambda h: jnp.hypot(h, 1.0),
+    "arctan2": lambda h: jnp.arctan2(h, 2.0),
+    "sinc": jnp.sinc,
+    "jit": jax.jit(lambda h: jnp.sign(h) * jnp.log1p(jnp.abs(h))),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_functions_hand_all_of_it_on(name):
+    def f(x):
+        return jnp.sum(ELEMENTWISE[name](x @ W))
+
+    np.testing.assert_allclose(jnp.sum(fb.credit.relevance(f, X)), f(X), rtol=1e-4)
+
+
 # --- conservation ---------------------------------------------------------------------------------
 
 
