@@ -37,7 +37,8 @@ ACTIVATIONS = frozenset(
     rem round sign sin sinh square tan tanh
     """.split()
 )
-CALLS = frozenset(("jit", "custom_jvp_call", "closed_call", "custom_vjp_call"))
+CUSTOM = frozenset(("custom_jvp_call", "custom_vjp_call"))
+CALLS = CUSTOM | {"jit", "closed_call"}
 # What else may stand in a function whose every element depends on one of its operand.
 ELEMENTWISE = CALLS | ACTIVATIONS | frozenset(
     """
@@ -218,6 +219,9 @@ def _is_activation(eqn: Seen) -> bool:
     if eqn.primitive.name in ACTIVATIONS:
         return True
     if eqn.primitive.name not in CALLS or len(eqn.outputs) != 1:
+        return False
+    # Into others of several operands the rules follow, which know what depends on the input.
+    if eqn.arity != 1 and eqn.primitive.name not in CUSTOM:
         return False
     return all(map(_is_elementwise, bodies(eqn)))
 

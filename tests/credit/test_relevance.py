@@ -105,6 +105,8 @@ ELEMENTWISE = {
     "arctan2": lambda h: jnp.arctan2(h, 2.0),
     "sinc": jnp.sinc,
     "jit": jax.jit(lambda h: jnp.sign(h) * jnp.log1p(jnp.abs(h))),
+    "jit of two": lambda h: jax.jit(jnp.multiply)(jnp.tanh(h), h),
+    "jit of one and a constant": lambda h: jax.jit(jnp.hypot)(h, jnp.ones_like(h)),
 }
 
 
