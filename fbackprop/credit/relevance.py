@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from fbackprop.credit.products import is_product
-from fbackprop.program import Program, bodies
+from fbackprop.program import Equation, Program, bodies
 from fbackprop.reverse import grad
 from fbackprop.rewrite import Anywhere, Seen
 
@@ -39,11 +39,12 @@ ACTIVATIONS = frozenset(
 )
 CUSTOM = frozenset(("custom_jvp_call", "custom_vjp_call"))
 CALLS = CUSTOM | {"jit", "closed_call"}
+FITTED = frozenset(("broadcast_in_dim", "convert_element_type"))  # operands to each other
 # What else may stand in a function whose every element depends on one of its operand.
-ELEMENTWISE = CALLS | ACTIVATIONS | frozenset(
+ELEMENTWISE = CALLS | ACTIVATIONS | FITTED | frozenset(
     """
-    add and broadcast_in_dim convert_element_type copy div eq ge gt is_finite le lt mul ne neg not
-    or rsqrt select_n sqrt stop_gradient sub xor
+    add and copy div eq ge gt is_finite le lt mul ne neg not or rsqrt select_n sqrt stop_gradient
+    sub xor
     """.split()
 )  # fmt: skip
 NORMALISERS = Anywhere(("rsqrt", "sqrt", "softmax", "_softmax"))
@@ -221,9 +222,18 @@ def _is_activation(eqn: Seen) -> bool:
     if eqn.primitive.name not in CALLS or len(eqn.outputs) != 1:
         return False
     # Into others of several operands the rules follow, which know what depends on the input.
-    if eqn.arity != 1 and eqn.primitive.name not in CUSTOM:
+    if eqn.arity != 1 and not _is_custom(eqn):
         return False
     return all(map(_is_elementwise, bodies(eqn)))
+
+
+def _is_custom(eqn: Equation) -> bool:
+    """Whether it has a derivative of its own, or is a call of nothing but such a function."""
+    if eqn.primitive.name in CUSTOM:
+        return True
+    within = [inner for body in bodies(eqn) for inner in body.equations]
+    within = [inner for inner in within if inner.primitive.name not in FITTED]
+    return len(within) == 1 and _is_custom(within[0])
 
 
 def _is_elementwise(program: Program) -> bool:
