@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from fbackprop.columns import is_count
 from fbackprop.passes import activity
 from fbackprop.program import Program, bodies, inlined, is_inexact, trace_tree, type_of
 from fbackprop.reverse import DEFAULT, vjp
@@ -97,13 +98,15 @@ def check_grads(f: Callable, *args, samples: int = 16, seed: int = 0) -> Gradien
       A `GradientReport`, one row per leaf.
 
     Raises:
-      ValueError: if no argument is floating point.
+      ValueError: if no argument is floating point, or `samples` is no number of coordinates.
 
     Examples:
       >>> import jax.numpy as jnp, fbackprop as fb
       >>> fb.check_grads(lambda x: jnp.sum(jnp.tanh(x)), jnp.arange(3.0)).ok
       True
     """
+    if not is_count(samples):
+        raise ValueError(f"samples={samples!r}: give a whole number of coordinates, at least one")
     paths_and_leaves, structure = tree_flatten_with_path(args)
     leaves = [leaf for _, leaf in paths_and_leaves]
     moving = [i for i, x in enumerate(leaves) if is_inexact(type_of(x))]

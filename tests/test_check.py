@@ -58,6 +58,9 @@ def test_finds_a_wrong_rule():
 def test_nothing_to_check():
     with pytest.raises(ValueError, match="floating-point argument"):
         fb.check_grads(lambda n: n, 3)
+    for samples in (-1, 2.5, 0):
+        with pytest.raises(ValueError, match="whole number of coordinates"):
+            fb.check_grads(jnp.sin, 3.0, samples=samples)
 
 
 def test_differences_are_left_out_where_the_function_is_another():
