@@ -437,6 +437,30 @@ class _Watched(core.Tracer):
         return self
 
 
+class _Still(_Watched):
+    """One without a derivative, as JAX sees it, where it is a plain array: NumPy may read it.
+
+    It is noted all the same, since other rules may give it one.
+    """
+
+    __slots__ = ()
+
+    def __array__(self, *args, **kwargs):
+        return np.asarray(self.value).__array__(*args, **kwargs)
+
+    def __float__(self):
+        return float(self.value)
+
+    def __complex__(self):
+        return complex(self.value)
+
+    def __format__(self, form):
+        return format(self.value, form)
+
+    def tolist(self):
+        return self.value.tolist()
+
+
 class _Reference(core.Tracer):
     """A reference that a watched function made, with what it holds: watched, or a plain value."""
 
@@ -479,15 +503,16 @@ class _WatchingTrace(core.Trace):
             env.update(zip(one.jaxpr.invars, values, strict=True))
             names = dict(zip(one.jaxpr.invars, map(self._variable, args), strict=True))
             self.constants += zip(one.jaxpr.constvars, getattr(one, "consts", ()), strict=True)
-            moving = _moving(one.jaxpr, list(map(self._is_mine, args)))
+            moves = [self._is_mine(x) and not isinstance(x, _Still) for x in args]
+            moving = _moving(one.jaxpr, moves)
             for eqn in one.jaxpr.eqns:
                 inputs = [names.get(v, v) if isinstance(v, Var) else v for v in eqn.invars]
                 outs = Equation(eqn).bind(*(read(env, v) for v in eqn.invars))
                 env.update(zip(eqn.outvars, outs, strict=True))
                 self.equations.append(Equation(eqn.replace(invars=inputs, source_info=here)))
         return [
-            _Watched(self, names.get(v, v), env[v])
-            if isinstance(v, Var) and v in moving and is_inexact(v.aval)
+            (_Watched if v in moving else _Still)(self, names.get(v, v), env[v])
+            if isinstance(v, Var) and is_inexact(v.aval)
             else read(env, v)
             for v in one.jaxpr.outvars
         ]
@@ -523,7 +548,7 @@ class _WatchingTrace(core.Trace):
         one = _traced(lambda *xs: _as_list(function(*xs)), list(map(type_of, args)))
         pure = program_of(discharge.discharge_state(one, should_discharge=held, lower=False))
         contents = [x.content if h else x for x, h in zip(args, held, strict=True)]
-        outs = self._apply(functools.partial(_evaluated, pure), contents)
+        outs = self._apply(lambda *xs: evaluate(pure, xs), contents)
         references = [x for x, h in zip(args, held, strict=True) if h]
         n = len(outs) - len(references)
         for reference, content in zip(references, outs[n:], strict=True):
@@ -644,10 +669,6 @@ class Recorded(Equation):
 
     def stage(self, *values) -> list:
         return super().bind(*values)
-
-
-def _evaluated(program: Program, *values) -> list:
-    return evaluate(program, values)
 
 
 def _moving(jaxpr, inputs: Sequence[bool]) -> set[Var]:

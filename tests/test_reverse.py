@@ -293,6 +293,18 @@ def test_what_has_no_derivative_is_a_plain_array(constant):
     assert_close(*(jax.grad(lambda x, lib=lib: lib.grad(f)(x)[0])(x) for lib in (fb, jax)))
 
 
+def test_other_rules_reach_what_has_no_derivative_where_values_are_read():
+    def f(x):
+        y = jnp.floor(2 * x)
+        assert np.asarray(y).tolist() == y.tolist() == [0.0, 2.0, 0.0]
+        return jnp.sum(y * x) if f"{y[1]:.1f}" == "2.0" else x[0]
+
+    x = jnp.array([0.3, 1.2, 0.4])
+    straight = {"floor": lambda ct: ct}
+    assert_close(fb.grad(f)(x), jnp.floor(2 * x))
+    assert_close(fb.grad(f, rules=straight)(x), jnp.floor(2 * x) + 2 * x)
+
+
 @jax.custom_vjp
 def stash(ref, x):
     return x

@@ -189,10 +189,8 @@ def conjugate_gradients(multiply, gradient, start, max_iterations) -> Search:
         before, least = s.models[(i - stretch) % WINDOW], stretch.astype(dtype) * PROGRESS
         stalled = (i > stretch) & (model < 0) & (model - before > least * model)
         done = stalled | ~usable | ~(square > 0) | (i >= max_iterations)
-        # The last iterate is kept as well.
-        keep = (i.astype(dtype) >= jnp.asarray(SPACING, dtype) ** s.kept) & (
-            s.kept < KEPT - 1
-        ) | done
+        due = i.astype(dtype) >= jnp.asarray(SPACING, dtype) ** s.kept
+        keep = due & (s.kept < KEPT - 1) | done  # the last iterate is kept as well
         at = s.kept
         iterates = jax.tree.map(
             lambda all_, x: all_.at[at].set(jnp.where(keep, x, all_[at])), s.iterates, solution
